@@ -1,0 +1,113 @@
+"""Measured results and where they came from: one JSON-lines file an experiment, in `records/`.
+
+An experiment too long for a chapter appends a record a run. The chapter loads the records, plots them,
+and holds a small live run against them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from filelock import FileLock
+
+RECORDS = Path(__file__).parent / "records"
+VERSIONS_OF = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: what was asked (`configuration`, `seed`), what came out (`figures`), and its `provenance`."""
+
+    configuration: dict
+    seed: int
+    figures: dict
+    provenance: dict
+
+
+def load(name: str, directory: Path = RECORDS) -> list[Record]:
+    """All records of an experiment, oldest first.
+
+    Raises FileNotFoundError naming the experiments that have records, ValueError naming a damaged line.
+    """
+    path = _path(name, directory)
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in directory.glob("*.jsonl"))) or "none yet"
+        raise FileNotFoundError(f"no records of {name!r} in {directory}; there are: {known}")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not a record: {error}") from error
+    return records
+
+
+def record(name: str, configuration: dict, figures: dict, seed: int, directory: Path = RECORDS) -> Record:
+    """Append one run, atomically; a second process waits its turn.
+
+    Raises ValueError where something is not plain JSON (a tensor, NaN or infinity): nothing is written.
+    """
+    path = _path(name, directory)
+    new = Record(dict(configuration), seed, dict(figures), provenance())
+    try:
+        line = json.dumps(asdict(new), allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a record of {name!r} must be plain, finite JSON: {error}") from error
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / f".{name}.lock"):
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        partial = path.with_suffix(".partial")
+        partial.write_text(before + line + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    return new
+
+
+def is_recorded(name: str, configuration: dict, seed: int, directory: Path = RECORDS) -> bool:
+    """Whether this very run has a record already: what lets a long experiment resume where it was cut."""
+    if not _path(name, directory).exists():
+        return False
+    wanted = json.loads(json.dumps(configuration))
+    return any(r.configuration == wanted and r.seed == seed for r in load(name, directory))
+
+
+def provenance() -> dict[str, str]:
+    """Date, device, versions and commit of a run made now and here."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(0) if cuda else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in VERSIONS_OF},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout the package lies in, "+" where it had changes, else "unknown"."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/companion", ":!*.jsonl")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _path(name: str, directory: Path) -> Path:
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"an experiment's name is lower-case letters, digits and _, got {name!r}")
+    return directory / f"{name}.jsonl"

@@ -1,0 +1,219 @@
+"""Train, evaluate and measure perplexity: the loops that every experiment of the book shares.
+
+Losses are in nats per answer token. The prompt is context, never a target: its labels are -100, which
+torch's cross entropy skips. Everything is seeded, and runs on whatever device the model is on.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+IGNORED = -100  # the label that torch.nn.functional.cross_entropy skips
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step: `loss` [nats per answer token], `learning_rate`, `tokens` answered in it."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What `evaluate` found: `values` by metric name, and the answers in the order of the rows."""
+
+    values: dict[str, float]
+    predictions: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+def encode(tokenizer, prompt: str, answer: str) -> dict[str, list[int]]:
+    """Token ids of prompt + " " + answer + end-of-text, with labels on the answer's part alone.
+
+    Prompt and answer are tokenized apart, so that the model meets at evaluation the very prompt tokens
+    that it was trained on. Returns `input_ids` and `labels`, equally long.
+    """
+    context = tokenizer(prompt)["input_ids"]
+    target = [
+        *tokenizer(" " + answer, add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    return {"input_ids": context + target, "labels": [IGNORED] * len(context) + target}
+
+
+def collate(examples: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad examples on the right: `input_ids`, `labels`, `attention_mask`, int64 [batch, longest]."""
+    longest = max(len(example["input_ids"]) for example in examples)
+
+    def padded(key, value):
+        return torch.tensor([e[key] + [value] * (longest - len(e[key])) for e in examples])
+
+    mask = [[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples]
+    return {
+        "input_ids": padded("input_ids", pad_token_id),
+        "labels": padded("labels", IGNORED),
+        "attention_mask": torch.tensor(mask),
+    }
+
+
+def make_batches(task, tokenizer, batch_size: int, seed: int = 0, split: str = "train") -> Iterator[dict]:
+    """Endless batches of a task's rows, reshuffled every epoch; the same seed gives the same batches.
+
+    An epoch's last, smaller batch is dropped. Raises ValueError where the split holds less than a batch.
+    """
+    rows = getattr(task, split)
+    if not 1 <= batch_size <= len(rows):
+        raise ValueError(
+            f"batch_size must lie in 1..{len(rows)}, the rows of {task.name}'s {split} split, "
+            f"got {batch_size}"
+        )
+    encoded = [encode(tokenizer, task.prompt(row["input"]), row["target"]) for row in rows]
+    return _shuffled(encoded, batch_size, tokenizer.pad_token_id, random.Random(seed))
+
+
+def _shuffled(encoded, batch_size, pad_token_id, generator):
+    while True:
+        order = generator.sample(range(len(encoded)), len(encoded))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield collate([encoded[i] for i in order[start : start + batch_size]], pad_token_id)
+
+
+def train(
+    model,
+    batches: Iterable[dict[str, torch.Tensor]],
+    steps: int,
+    learning_rate: float,
+    *,
+    warmup_steps: int | None = None,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+) -> list[StepRecord]:
+    """Train what requires a gradient, with AdamW: linear warm-up (a tenth of the steps), then linear decay.
+
+    Leaves the model in eval mode. Raises ValueError: steps < 1, nothing to train, batches that end
+    early, or a loss that is no longer finite (the message names the step and the learning rate).
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if steps < 1 or not parameters:
+        raise ValueError(
+            f"train needs steps >= 1 and at least one parameter that requires a gradient, "
+            f"got steps={steps} and {len(parameters)} such parameters"
+        )
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    warmup = steps // 10 if warmup_steps is None else warmup_steps
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    iterator, records = iter(batches), []
+    model.train()
+    try:
+        for step in progress(range(steps), "train"):
+            batch = next(iterator, None)
+            if batch is None:
+                raise ValueError(f"the batches ended after {step} of {steps} steps")
+            rate = optimizer.param_groups[0]["lr"]
+            records.append(_step(model, batch, optimizer, parameters, max_grad_norm, step, rate))
+            schedule.step()
+    finally:
+        model.eval()
+    return records
+
+
+def _step(model, batch, optimizer, parameters, max_grad_norm, step, rate) -> StepRecord:
+    """One forward, backward and update."""
+    device = parameters[0].device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    loss = model(**batch).loss
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss.item()} at step {step} with learning rate {rate:.2e}: "
+            "lower the learning rate or lengthen the warm-up"
+        )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    answered = int((batch["labels"][:, 1:] != IGNORED).sum())
+    return StepRecord(step=step, loss=loss.item(), learning_rate=rate, tokens=answered)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int = 16) -> list[str]:
+    """Greedy continuations of the prompts, each cut at its first line break and stripped.
+
+    Prompts of like length share a batch, so that little is padded; the answers keep the prompts' order.
+    """
+    device = model.get_input_embeddings().weight.device
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    answers: list[str] = [""] * len(prompts)
+    for start in progress(range(0, len(order), batch_size), "generate"):
+        rows = order[start : start + batch_size]
+        inputs = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left")
+        output = model.generate(
+            input_ids=inputs["input_ids"].to(device),
+            attention_mask=inputs["attention_mask"].to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        for row, text in zip(rows, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            lines = text.strip().splitlines()
+            answers[row] = lines[0].strip() if lines else ""
+    return answers
+
+
+def evaluate(model, task, tokenizer, *, split: str = "test", limit: int | None = None, batch_size: int = 16):
+    """Metrics of greedy answers on a task's split, or on its first `limit` rows.
+
+    Raises ValueError where there are no rows to evaluate.
+    """
+    rows = getattr(task, split)
+    rows = rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+    if len(rows) == 0:
+        raise ValueError(f"nothing to evaluate: {task.name}'s {split} split gives no rows (limit={limit})")
+    prompts = [task.prompt(text) for text in rows["input"]]
+    predictions = generate(model, tokenizer, prompts, task.max_answer_tokens, batch_size)
+    targets = list(rows["target"])
+    return Metrics(task.metric(predictions, targets), tuple(predictions), tuple(targets))
+
+
+@torch.no_grad()
+def perplexity(model, text, tokenizer, *, max_tokens: int = 1024, window: int = 1024) -> float:
+    """exp of the mean loss per token over the first `max_tokens` tokens, in windows that do not overlap.
+
+    `text` is a string, or a Dataset with a column "text". A window's first token has no context and is
+    not scored. Raises ValueError below two tokens.
+    """
+    text = text if isinstance(text, str) else "\n\n".join(text["text"])
+    ids = tokenizer(text)["input_ids"][:max_tokens]
+    if len(ids) < 2 or window < 2:
+        raise ValueError(
+            f"perplexity needs at least two tokens a window, got {len(ids)} in windows of {window}"
+        )
+    device = model.get_input_embeddings().weight.device
+    total, scored = 0.0, 0
+    for start in range(0, len(ids) - 1, window):
+        piece = torch.tensor([ids[start : start + window]], device=device)
+        count = piece.shape[1] - 1
+        total += model(input_ids=piece, labels=piece).loss.item() * count
+        scored += count
+    return math.exp(total / scored)
+
+
+def progress(iterable, description: str):
+    """A progress bar on a terminal, nothing elsewhere (stored outputs must not change from run to run)."""
+    return tqdm(iterable, desc=description, disable=not sys.stderr.isatty(), leave=False)
