@@ -1,0 +1,35 @@
+"""The book keeps its rules: each of `book_checks.py` on each chapter, and those of `book_pages.py`."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from book_checks import NOTEBOOK_RULES
+from book_notebook import Chapter, read_chapter
+from book_pages import BOOK_RULES, book_pages
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = [path for path in book_pages(ROOT) if path.suffix == ".ipynb"]
+
+
+@cache
+def chapter(path: Path) -> Chapter:
+    """Each notebook is read and parsed once."""
+    return read_chapter(path)
+
+
+def test_there_is_a_chapter():
+    assert CHAPTERS
+
+
+@pytest.mark.parametrize("rule", NOTEBOOK_RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter(path, rule):
+    problems = rule(chapter(path))
+    assert not problems, "\n".join(["", rule.__doc__, *problems])
+
+
+@pytest.mark.parametrize("rule", BOOK_RULES, ids=lambda rule: rule.__name__)
+def test_book(rule):
+    problems = rule(ROOT)
+    assert not problems, "\n".join(["", rule.__doc__, *problems])

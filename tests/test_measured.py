@@ -1,0 +1,83 @@
+"""lab.measured: records are appended whole, say where they come from, and are found again."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+
+import pytest
+import torch
+from lora2qlora.lab import measured
+
+
+def test_what_is_recorded_is_loaded(tmp_path):
+    first = measured.record("toy", {"rank": 8, "task": "x"}, {"loss": 0.5}, seed=1, directory=tmp_path)
+    second = measured.record("toy", {"rank": 16, "task": "x"}, {"loss": 0.25}, seed=1, directory=tmp_path)
+    assert measured.load("toy", tmp_path) == [first, second]
+    assert first.figures == {"loss": 0.5}
+
+
+def test_a_record_says_where_it_comes_from(tmp_path):
+    found = measured.record("toy", {}, {}, seed=0, directory=tmp_path).provenance
+    assert found["torch"] == metadata.version("torch")
+    assert found["bitsandbytes"] == metadata.version("bitsandbytes")
+    assert set(found) == {"date", "device", "python", "commit", *measured.VERSIONS_OF}
+    assert all(isinstance(value, str) and value for value in found.values())
+
+
+def test_resuming_knows_a_run_by_configuration_and_seed(tmp_path):
+    measured.record("toy", {"ranks": (1, 2)}, {}, seed=3, directory=tmp_path)
+    assert measured.is_recorded("toy", {"ranks": (1, 2)}, seed=3, directory=tmp_path)
+    assert not measured.is_recorded("toy", {"ranks": (1, 2)}, seed=4, directory=tmp_path)
+    assert not measured.is_recorded("toy", {"ranks": (1, 3)}, seed=3, directory=tmp_path)
+    assert not measured.is_recorded("other", {}, seed=3, directory=tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(1.0), {1, 2}])
+def test_what_is_not_plain_json_is_refused_and_nothing_is_lost(tmp_path, value):
+    measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    before = (tmp_path / "toy.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="must be plain, finite JSON"):
+        measured.record("toy", {}, {"loss": value}, seed=1, directory=tmp_path)
+    assert (tmp_path / "toy.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_append_loses_nothing(tmp_path, monkeypatch):
+    measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0]
+    measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
+
+
+def test_writers_at_once_all_land(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda s: measured.record("toy", {}, {}, seed=s, directory=tmp_path), range(8)))
+    assert sorted(r.seed for r in measured.load("toy", tmp_path)) == list(range(8))
+
+
+def test_no_records_and_damaged_records_are_named(tmp_path):
+    measured.record("toy", {}, {}, seed=0, directory=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no records of 'tou'.*there are: toy"):
+        measured.load("tou", tmp_path)
+    path = tmp_path / "toy.jsonl"
+    path.write_text(path.read_text() + json.dumps({"figures": {}}) + "\n")
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 2 is not a record"):
+        measured.load("toy", tmp_path)
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ValueError, match="line 1 is not a record"):
+        measured.load("toy", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../toy", "Toy", ""])
+def test_names_are_plain(tmp_path, name):
+    with pytest.raises(ValueError, match="an experiment's name"):
+        measured.load(name, tmp_path)
+
+
+def test_records_in_the_package_can_be_read():
+    for path in measured.RECORDS.glob("*.jsonl"):
+        assert measured.load(path.stem)
