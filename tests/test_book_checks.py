@@ -580,7 +580,6 @@ REPOSITORY_DEFECTS = [
     ("plain_words", "simply", file("book/notation.md", "# N\n\nYou " + "simply" + " add.\n")),
     ("project_alone", "a machine's path", file("companion/experiments/run.py", f"# see {ROOT}/x\n")),
     ("project_alone", "a private host", file("tests/test_x.py", "# https://pypi." + "internal/simple\n")),
-    ("project_alone", "its making", file("book/notation.md", "# N\n\nMade in this " + "session.\n")),
     ("one_address", "another owner", file("book/notation.md", "# N\n\n<https://github.com/old/a-book>\n")),
     (
         "one_address",

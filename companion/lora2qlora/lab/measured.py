@@ -32,15 +32,15 @@ class Record:
     provenance: dict
 
 
-def load(name: str, directory: Path = RECORDS) -> list[Record]:
+def load(name: str, directory: Path | None = None) -> list[Record]:
     """All records of an experiment, oldest first.
 
     Raises FileNotFoundError naming the experiments that have records, ValueError naming a damaged line.
     """
     path = _path(name, directory)
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in directory.glob("*.jsonl"))) or "none yet"
-        raise FileNotFoundError(f"no records of {name!r} in {directory}; there are: {known}")
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "none yet"
+        raise FileNotFoundError(f"no records of {name!r} in {path.parent}; there are: {known}")
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -50,7 +50,7 @@ def load(name: str, directory: Path = RECORDS) -> list[Record]:
     return records
 
 
-def record(name: str, configuration: dict, figures: dict, seed: int, directory: Path = RECORDS) -> Record:
+def record(name: str, configuration: dict, figures: dict, seed: int, directory: Path | None = None) -> Record:
     """Append one run, atomically; a second process waits its turn.
 
     Raises ValueError where something is not plain JSON (a tensor, NaN or infinity): nothing is written.
@@ -61,8 +61,8 @@ def record(name: str, configuration: dict, figures: dict, seed: int, directory: 
         line = json.dumps(asdict(new), allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ValueError(f"a record of {name!r} must be plain, finite JSON: {error}") from error
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / f".{name}.lock"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{name}.lock")):
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         partial = path.with_suffix(".partial")
         partial.write_text(before + line + "\n", encoding="utf-8")
@@ -70,7 +70,7 @@ def record(name: str, configuration: dict, figures: dict, seed: int, directory: 
     return new
 
 
-def is_recorded(name: str, configuration: dict, seed: int, directory: Path = RECORDS) -> bool:
+def is_recorded(name: str, configuration: dict, seed: int, directory: Path | None = None) -> bool:
     """Whether this very run has a record already: what lets a long experiment resume where it was cut."""
     if not _path(name, directory).exists():
         return False
@@ -107,7 +107,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def _path(name: str, directory: Path) -> Path:
+def _path(name: str, directory: Path | None) -> Path:
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"an experiment's name is lower-case letters, digits and _, got {name!r}")
-    return directory / f"{name}.jsonl"
+    return (directory or RECORDS) / f"{name}.jsonl"

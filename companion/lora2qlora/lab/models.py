@@ -17,23 +17,15 @@ import hashlib
 import importlib.util
 import io
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-
-# On a CPU, bitsandbytes logs a hint about optional kernels at import. One place silences it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# PEFT 0.21 reads a property that transformers 5.23 has renamed; nothing that a reader could mend.
-OLD_NAME = "`is_gradient_checkpointing` is deprecated"
-warnings.filterwarnings("ignore", message=OLD_NAME, category=FutureWarning)
 
 
 @dataclass(frozen=True)

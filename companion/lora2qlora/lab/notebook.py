@@ -11,6 +11,7 @@ COLORS = {
     "full": "#4C4C4C",
     "lora": "#0072B2",
     "qlora": "#D55E00",
+    "base": "#8C8C8C",  # what no method has touched
     "good": "#009E73",
     "other": "#CC79A7",
     "highlight": "#E69F00",
