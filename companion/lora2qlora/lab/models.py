@@ -77,7 +77,7 @@ def load_base_model(name="smollm2-135m", dtype=torch.float32, quantization=None,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    with quiet_unless_terminal(), explain_missing(name, source):
+    with quiet_unless_terminal(), explain_missing(name, source, directory):
         where = str(directory or source.hub)
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
@@ -92,7 +92,7 @@ def keep_trainable(model) -> None:
 
     On CPUs with AVX512-BF16, version 0.50 repacks a layer for good at its first forward in eval mode, and
     computes with it in bfloat16. The kernel for that layout has no backward: evaluate once, then train,
-    and the adapters below the topmost layers get no gradient, with no error. Chapter 00 shows it.
+    and the lower layers' adapters get no gradient, with no error. tests/test_models.py shows it.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -247,11 +247,13 @@ def explain_cache_error(error: Exception, cache: Path) -> Exception:
 
 
 @contextlib.contextmanager
-def explain_missing(name: str, source: ModelSource):
+def explain_missing(name: str, source: ModelSource, directory: Path | None):
     """Turn the Hub's many ways of saying "not there" into one OSError that names the command to run."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        if directory is not None:  # it was found: another kind of trouble, in its own words
+            raise
         if source.command:
             advice = f"{source.package} is not installed. Run: {source.command}"
         else:

@@ -1,0 +1,118 @@
+"""LoRA: a frozen linear layer plus a trained update of low rank. Chapter 03."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora2qlora.low_rank import check_rank
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + (α / r) · B A x, with A [r, in] random, B [out, r] zero at first, and the base frozen.
+
+    `base` is any module with `in_features` and `out_features`: an nn.Linear, or one with quantized
+    weights. A and B are float32 unless `dtype` says otherwise; the input is cast to their dtype and the
+    sum to the base's output dtype. As B starts at zero, the layer starts out equal to its base.
+
+    `alpha` and `rank` set `scaling` [1] = α / r; for rsLoRA's α / √r pass α √r. `dropout` acts on the
+    input of A while training. The layer starts in the base's mode, training or evaluation.
+
+    Raises ValueError: rank outside 1..min(in, out), alpha not positive, dropout outside [0, 1);
+    TypeError: no linear base, or one that is a LoRALinear. LoRA, section 4.1. Chapter 03.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        check_adapter(base, rank, alpha, dropout, dtype)
+        super().__init__()
+        tensor = next((t for tensors in (base.parameters(), base.buffers()) for t in tensors), None)
+        options = {"dtype": dtype, "device": None if tensor is None else tensor.device}
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.rank, self.alpha = rank, alpha
+        self.dropout = nn.Dropout(dropout)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.train(base.training)
+
+    @property
+    def scaling(self) -> float:
+        """α / r, the factor of B A."""
+        return self.alpha / self.rank
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        y = self.base(x)
+        # Scaled while it is still r wide: the same product for fewer multiplications.
+        low = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A) * self.scaling
+        return (y + F.linear(low, self.lora_B)).to(y.dtype)
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """The update of the weight, ΔW = (α / r) · B A, in the adapters' dtype."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}"
+
+
+@torch.no_grad()
+def merge(layer: LoRALinear) -> nn.Linear:
+    """A new nn.Linear with W' = W + (α / r) · B A and the base's bias; the layer stays as it is.
+
+    The sum is taken in the wider of the two dtypes and rounded once to the base's. The new layer is
+    frozen, as its base is, in the same mode and on the same device.
+
+    Raises TypeError: not a LoRALinear, or a base without a plain float weight. A quantized weight
+    cannot hold the sum; what to call instead stands in the message. LoRA, section 4.1. Chapters 03, 15.
+    """
+    if not isinstance(layer, LoRALinear):
+        raise TypeError(f"merge takes a LoRALinear, got {type(layer).__name__}")
+    base = layer.base
+    weight = getattr(base, "weight", None)
+    if not isinstance(base, nn.Linear) or type(weight) is not nn.Parameter or not weight.is_floating_point():
+        is_bitsandbytes = hasattr(weight, "quant_state")
+        how = ", with bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)," * is_bitsandbytes
+        raise TypeError(
+            f"merge needs an nn.Linear with a plain float weight as base, got {type(base).__name__}. "
+            f"Dequantize it{how} into a new nn.Linear, put that in its place (layer.base = ...), then merge"
+        )
+    merged = nn.Linear(
+        base.in_features, base.out_features, base.bias is not None, device="meta", dtype=weight.dtype
+    )
+    total = (weight + layer.delta_weight()).to(weight.dtype)
+    merged.weight = nn.Parameter(total, requires_grad=False)
+    if base.bias is not None:
+        merged.bias = nn.Parameter(base.bias.clone(), requires_grad=False)
+    return merged.train(layer.training)
+
+
+def check_adapter(
+    base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Raise as LoRALinear does for these arguments, and change nothing."""
+    if isinstance(base, LoRALinear):
+        raise TypeError("base is a LoRALinear already: merge it first, or adapt its base")
+    if not is_linear(base):
+        raise TypeError(f"base must be a module with in_features and out_features, got {type(base).__name__}")
+    check_rank(rank, base.out_features, base.in_features)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a probability in [0, 1), got {dropout!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a float dtype of torch, got {dtype!r}")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: it says how many features come in and how many go out."""
+    features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return isinstance(module, nn.Module) and all(isinstance(n, int) for n in features)
