@@ -25,7 +25,7 @@ $(VENV)/.installed: environment.yml
 	$(PYTHON) is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])'
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: install your system's python3-venv"; exit 1; }
 	@$(BIN)/pip install --disable-pip-version-check --no-compile --progress-bar off $(PINS) \
-	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)' | cut -c1-100 \
+	  | sed -u -n -E '/^(Collecting|Installing|Successfully)/p' | cut -c1-100 \
 	  || { echo "installing failed. Is the package index reachable? Try again: make $(MAKECMDGOALS)"; exit 1; }
 	@touch $@
 

@@ -109,6 +109,19 @@ def test_batches_repeat_with_the_seed_cover_an_epoch_and_reshuffle(tokenizer):
     }
 
 
+def test_rows_of_like_length_share_a_batch(tokenizer):
+    texts = ["x" * (1 + 7 * i % 64) for i in range(64)]
+    data = Dataset.from_dict({"input": texts, "target": ["yes"] * 64})
+    batches = training.make_batches(replace(toy_task(), train=data), tokenizer, batch_size=4)
+    taken = [next(batches) for _ in range(16)]
+    assert sum(b["attention_mask"].sum().item() for b in taken) > 0.9 * sum(
+        b["attention_mask"].numel() for b in taken
+    )
+    lengths = [b["input_ids"].shape[1] for b in taken]
+    assert lengths != sorted(lengths)
+    assert {len(b["input_ids"]) for b in taken} == {4}
+
+
 @pytest.mark.parametrize("size", [0, -1, 13])
 def test_batch_size_outside_the_split(tokenizer, size):
     with pytest.raises(ValueError, match=rf"1\.\.12, the rows of toy's train split, got {size}"):

@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     options = parser.parse_args(arguments)
     settings = SETTINGS | {"steps": options.steps}
+    print(measured.provenance())
     for seed in range(options.seeds):
         for quantization in ("nf4", None):
             configuration = settings | {"quantization": quantization, "test_rows": TEST_ROWS}

@@ -82,11 +82,13 @@ def subspace_similarity(U: Float[Tensor, "d i"], V: Float[Tensor, "d j"]) -> flo
         raise ValueError(f"U and V need as many rows, the space's dimension; got {len(U)} and {len(V)}")
     U, V = _finite(U).double(), _finite(V).double()
     for name, basis in (("U", U), ("V", V)):
-        off = (basis.T @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs().max()
+        off = (
+            (basis.T @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs().max()
+        )
         if off > 0.01:
             raise ValueError(
                 f"the columns of {name} {tuple(basis.shape)} are not orthonormal: {name}ᵀ {name} is "
-                f"{off.item():.2g} off the identity; pass top_directions(matrix, rank), or torch.linalg.qr(...).Q"
+                f"{off.item():.2g} off the identity; top_directions and torch.linalg.qr give such columns"
             )
     similarity = (U.T @ V).square().sum() / min(U.shape[1], V.shape[1])
     return min(similarity.item(), 1.0)
@@ -97,9 +99,9 @@ def check_rank(rank: int, out_features: int, in_features: int) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f"rank must be an int, got {rank!r}")
     if not 1 <= rank <= min(out_features, in_features):
+        most = min(out_features, in_features)
         raise ValueError(
-            f"rank must be in 1..{min(out_features, in_features)} for a matrix [{out_features}, {in_features}], "
-            f"got {rank}"
+            f"rank must be in 1..{most} for a matrix [{out_features}, {in_features}], got {rank}"
         )
 
 

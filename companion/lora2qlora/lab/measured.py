@@ -7,6 +7,7 @@ and holds a small live run against them.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -92,8 +93,12 @@ def provenance() -> dict[str, str]:
     }
 
 
+@functools.cache
 def _commit() -> str:
-    """The commit of the checkout the package lies in, "+" where it had changes, else "unknown"."""
+    """The commit of the checkout the package lies in, "+" where it had changes, else "unknown".
+
+    Read once a process: code that was loaded does not change when the checkout moves on.
+    """
 
     def git(*words):
         return subprocess.run(

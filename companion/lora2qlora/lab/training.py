@@ -69,7 +69,9 @@ def collate(examples: list[dict[str, list[int]]], pad_token_id: int) -> dict[str
 def make_batches(task, tokenizer, batch_size: int, seed: int = 0, split: str = "train") -> Iterator[dict]:
     """Endless batches of a task's rows, reshuffled every epoch; the same seed gives the same batches.
 
-    An epoch's last, smaller batch is dropped. Raises ValueError where the split holds less than a batch.
+    Rows of like length share a batch, so that little is padded: of every 16 batches' worth of shuffled
+    rows, neighbours in length are put together. Rows that fill no batch are left out.
+    Raises ValueError where the split holds less than a batch.
     """
     rows = getattr(task, split)
     if not 1 <= batch_size <= len(rows):
@@ -83,9 +85,12 @@ def make_batches(task, tokenizer, batch_size: int, seed: int = 0, split: str = "
 
 def _shuffled(encoded, batch_size, pad_token_id, generator):
     while True:
-        order = generator.sample(range(len(encoded)), len(encoded))
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            yield collate([encoded[i] for i in order[start : start + batch_size]], pad_token_id)
+        order = generator.sample(encoded, len(encoded))
+        for start in range(0, len(order), 16 * batch_size):
+            pool = sorted(order[start : start + 16 * batch_size], key=lambda e: len(e["input_ids"]))
+            batches = [pool[i : i + batch_size] for i in range(0, len(pool) - batch_size + 1, batch_size)]
+            for batch in generator.sample(batches, len(batches)):
+                yield collate(batch, pad_token_id)
 
 
 def train(
