@@ -108,7 +108,8 @@ def check_rank(rank: int, out_features: int, in_features: int) -> None:
 def _shape(matrix: Tensor) -> tuple[int, int]:
     """The shape of a matrix; TypeError unless it is a float tensor, ValueError unless 2-D and not empty."""
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        raise TypeError(f"need a float tensor, got {getattr(matrix, 'dtype', type(matrix).__name__)}")
+        got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"need a float tensor, got {got}")
     if matrix.ndim != 2 or not matrix.numel():
         raise ValueError(f"need a matrix with rows and columns, got shape {tuple(matrix.shape)}")
     return tuple(matrix.shape)

@@ -92,7 +92,8 @@ def keep_trainable(model) -> None:
 
     On CPUs with AVX512-BF16, version 0.50 repacks a layer for good at its first forward in eval mode, and
     computes with it in bfloat16. The kernel for that layout has no backward: evaluate once, then train,
-    and the lower layers' adapters get no gradient, with no error. tests/test_models.py shows it.
+    and every adapter that feeds another four-bit layer (q, k, v, gate, up) gets no gradient, with no
+    error. tests/test_models.py shows it.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":

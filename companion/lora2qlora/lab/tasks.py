@@ -53,10 +53,13 @@ class Task:
 # Metrics: each raises ValueError where the lists are empty or differ in length -------------------
 
 
-def accuracy_and_f1(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """Share of right answers, and F1 averaged over the categories that occur among the targets.
+def accuracy_and_f1(
+    predictions: Sequence[str],
+    targets: Sequence[str],
+) -> dict[str, float]:
+    """Share of right answers, and F1 averaged over the categories among the targets.
 
-    An answer that is no category at all counts as wrong, and lowers no category's precision.
+    An answer that is no category at all counts as wrong, and lowers no precision.
     """
     pairs = _paired(predictions, targets)
     labels = sorted({target for _, target in pairs})

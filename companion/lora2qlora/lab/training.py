@@ -38,10 +38,11 @@ class Metrics:
 
 
 def encode(tokenizer, prompt: str, answer: str) -> dict[str, list[int]]:
-    """Token ids of prompt + " " + answer + end-of-text, with labels on the answer's part alone.
+    """Token ids of prompt + " " + answer + end-of-text, labels on the answer alone.
 
-    Prompt and answer are tokenized apart, so that the model meets at evaluation the very prompt tokens
-    that it was trained on. Returns `input_ids` and `labels`, equally long.
+    Prompt and answer are tokenized apart, so that the model meets at evaluation
+    the very prompt tokens that it was trained on. Returns `input_ids` and `labels`,
+    equally long.
     """
     context = tokenizer(prompt)["input_ids"]
     target = [
@@ -182,23 +183,26 @@ def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_si
 
 
 @torch.no_grad()
-def choose(model, tokenizer, prompts: list[str], labels: tuple[str, ...], batch_size: int = 16) -> list[str]:
-    """For each prompt, the label that the model holds likeliest to come next, by its first token.
+def choose(
+    model,
+    tokenizer,
+    prompts: list[str],
+    labels: tuple[str, ...],
+    batch_size: int = 16,
+) -> list[str]:
+    """For each prompt, the label likeliest to come next, by its first token.
 
-    It measures what a model knows apart from whether it knows the form of the answer. Raises ValueError
-    where two labels begin with the same token, for then the first token does not tell them apart.
+    It measures what a model knows apart from whether it knows the form of the
+    answer. Raises ValueError where two labels begin with the same token.
     """
     first = [tokenizer(" " + label, add_special_tokens=False)["input_ids"][0] for label in labels]
     if len(set(first)) < len(labels) or not labels:
-        raise ValueError(
-            f"labels must begin with different tokens, got {dict(zip(labels, first, strict=True))}"
-        )
+        raise ValueError(f"labels must begin with different tokens, got {labels}: {first}")
     device = model.get_input_embeddings().weight.device
     chosen: list[str] = []
     for start in progress(range(0, len(prompts), batch_size), "choose"):
-        inputs = tokenizer(
-            prompts[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left"
-        )
+        texts = prompts[start : start + batch_size]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         logits = model(**inputs.to(device), logits_to_keep=1).logits[:, -1]
         chosen += [labels[i] for i in logits[:, first].argmax(dim=1).tolist()]
     return chosen
