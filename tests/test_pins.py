@@ -25,11 +25,11 @@ EXACT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.!]*)")
 
 
 def entries(root: Path) -> list[str]:
-    """The `pip:` block of environment.yml and its `# no-deps:` line."""
+    """The `pip:` block of environment.yml and the packages of its `# no-deps:` line."""
     text = (root / "environment.yml").read_text(encoding="utf-8")
     listed = yaml.safe_load(text)["dependencies"]
     pip = next(entry["pip"] for entry in listed if isinstance(entry, dict))
-    return [*pip, *re.findall(r"^# no-deps: (.+)$", text, re.M)]
+    return [*pip, *(p for line in re.findall(r"^# no-deps: (.+)$", text, re.M) for p in line.split())]
 
 
 def pins(root: Path) -> dict[str, Version]:

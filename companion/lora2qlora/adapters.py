@@ -125,7 +125,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     holds no config and hence no adapter: a reader finds the old one, the new one or none, never a mix.
 
     Raises ValueError: the model carries no adapters, or they differ in dropout, of which the format
-    holds one. The real libraries also write a README.md. Chapter 04.
+    holds one. The real libraries also write a README.md, and the path of a base that has no name on the
+    Hub. Chapter 04.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped; its names are the file's
     layers = lora_layers(model)
@@ -252,11 +253,12 @@ def _write_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
         raise ValueError(f"PEFT's format holds one dropout for all adapters, these have {dropouts}")
     rank, _ = Counter(layer.rank for layer in layers.values()).most_common(1)[0]
     alpha, _ = Counter(layer.alpha for layer in layers.values()).most_common(1)[0]
+    base = getattr(model, "name_or_path", None) or None
     exactly = {name: f"^{re.escape(name)}" for name in layers}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": None if base and os.path.isdir(base) else base,  # no path of this machine
         "inference_mode": True,
         "bias": "none",
         "r": rank,

