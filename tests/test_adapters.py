@@ -427,7 +427,7 @@ def test_targets_that_no_suffix_tells_apart(tmp_path):
     [
         {},
         {"target_modules": "all-linear", "r": 3, "lora_alpha": 5},
-        {"target_modules": r".*layers\.1\..*(q_proj|up_proj)"},
+        {"target_modules": r".*layers\.1\..*(q_proj|up_proj)|model.layers.0.self_attn.v"},
         {"target_modules": SUFFIXES, "exclude_modules": ["o_proj", "model.layers.0.mlp.up_proj"]},
         {"target_modules": SUFFIXES, "exclude_modules": r".*\.1\..*"},
         {"use_rslora": True, "r": 8},

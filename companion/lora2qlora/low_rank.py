@@ -12,15 +12,15 @@ from torch import Tensor
 def truncated_svd(
     matrix: Float[Tensor, "out in"], rank: int
 ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
-    """The best rank-r approximation, as the two factors of LoRA: B = U √Σ and A = √Σ Vᵀ.
+    """The best rank-r approximation, as LoRA's two factors: B = U √Σ and A = √Σ Vᵀ.
 
     Of all matrices of rank r, `B @ A` is nearest to W in the Frobenius norm (Eckart and
     Young, 1936) and in the spectral norm (Mirsky, 1960). Each singular value is shared
     equally, so that `B.T @ B` and `A @ A.T` are both Σ.
 
-    Returns `B` [out, r] and `A` [r, in]: float64 for a float64 matrix, float32 otherwise.
-    Raises ValueError: rank outside 1..min(out, in), not a matrix, empty, or not finite;
-    TypeError: not a float tensor. Chapter 01.
+    Returns `B` [out, r] and `A` [r, in]: float64 for a float64 matrix, else float32.
+    Raises ValueError: rank outside 1..min(out, in), not a matrix, empty, or not
+    finite; TypeError: not a float tensor. Chapter 01.
     """
     check_rank(rank, *_shape(matrix))
     U, sigma, Vh = torch.linalg.svd(_finite(matrix), full_matrices=False)
@@ -31,18 +31,18 @@ def truncated_svd(
 def energy_profile(matrix: Float[Tensor, "out in"]) -> Float64[Tensor, " min(out,in)"]:
     """Energy kept by every rank: entry r - 1 is (σ₁² + … + σᵣ²) / (σ₁² + σ₂² + …).
 
-    [1, a share of ‖W‖²] rising from at least 1 / min(out, in) to exactly 1. A zero matrix
-    has no energy to lose: all its entries are 1. One decomposition serves all ranks;
-    `retained_energy` reads one entry.
+    [1, a share of ‖W‖²] rising from at least 1 / min(out, in) to exactly 1. A zero
+    matrix has no energy to lose: all its entries are 1. One decomposition serves all
+    ranks; `retained_energy` reads one entry.
 
-    Raises ValueError: not a matrix, empty, or not finite; TypeError: not a float tensor.
-    Chapters 01 and 02.
+    Raises ValueError: not a matrix, empty, or not finite; TypeError: not a float
+    tensor. Chapters 01 and 02.
     """
     _shape(matrix)
     sigma = torch.linalg.svdvals(_finite(matrix)).double()
     if sigma[0] == 0:
         return torch.ones_like(sigma)
-    energy = (sigma / sigma[0]).square().cumsum(0)  # divided first: no square overflows
+    energy = (sigma / sigma[0]).square().cumsum(0)  # divided: no overflow
     return energy / energy[-1]
 
 
