@@ -181,6 +181,7 @@ def test_a_damaged_gguf_is_refused_and_leaves_nothing(installed, tiny, damage, t
     assert models.convert_gguf(tiny[0], tiny[1], installed / "tiny").is_dir()
 
 
+@pytest.mark.slow
 def test_a_full_cache_is_named_and_the_next_run_works(tiny, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     process = convert_in_a_new_process(tiny, tmp_path / "cache" / "tiny", before=limit)
@@ -239,6 +240,7 @@ class unprivileged:
             os.seteuid(0)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_no_model_and_the_next_run_works(tiny, tmp_path):
     target = tmp_path / "cache" / "tiny"
     stall = """
