@@ -45,6 +45,7 @@ def test_outputs_are_stored_joined_and_metadata_is_normalised(stored):
     assert json.loads(stored[1])["metadata"] == book_outputs.METADATA
 
 
+@pytest.mark.slow
 def test_check_passes_on_true_outputs_and_names_the_cell_of_a_false_one(stored, capsys):
     path, text = stored
     assert book_outputs.main(["--check", str(path)]) == 0

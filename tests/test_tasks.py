@@ -408,6 +408,7 @@ assert not written, written
 """
 
 
+@pytest.mark.slow
 def test_importing_is_light_and_loading_writes_nothing(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
     environment |= {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
