@@ -344,7 +344,9 @@ def both_ways(model, directory, base=tiny_llama):
     assert not torch.allclose(expected, logits(base()))
     theirs, ours = PeftModel.from_pretrained(base(), directory), base()
     assert load_adapter(ours, directory) == list(lora_layers(model))
-    torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=1e-5)
+    # A scaling of up to 32 over random adapters enlarges each layer's rounding: 3e-5 of the largest logit
+    # was seen over 60 draws, against a change by the adapters of its own size.
+    assert (logits(theirs) - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert torch.equal(logits(ours), expected)
     return json.loads((directory / "adapter_config.json").read_text())
 

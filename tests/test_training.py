@@ -1,5 +1,6 @@
 """lab.training: the loss on the answer alone, seeded batches, AdamW against torch, metrics, perplexity."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -253,3 +254,63 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary_and_windows_agree(model
 def test_perplexity_needs_two_tokens(model, tokenizer, text):
     with pytest.raises(ValueError, match=f"at least two tokens a window, got {len(text)}"):
         training.perplexity(model, text, tokenizer)
+
+
+def test_answer_loss_is_the_models_own_loss(model, tokenizer):
+    batch = next(training.make_batches(toy_task(), tokenizer, batch_size=6))
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    ours = training.answer_loss(model, batch)
+    handle.remove()
+    torch.testing.assert_close(ours, model(**batch).loss)
+    assert seen[0] < batch["input_ids"].shape[1] - 1  # the prompts' logits were not computed
+
+
+def test_mean_loss_weighs_answer_tokens_alike_whatever_the_batches(model, tokenizer):
+    task = replace(
+        toy_task(), test=Dataset.from_dict({"input": ["a", "b c d"], "target": ["yes", "no maybe"]})
+    )
+    total, count = 0.0, 0
+    for row in task.test:
+        example = training.encode(tokenizer, task.prompt(row["input"]), row["target"])
+        answered = sum(label != training.IGNORED for label in example["labels"])
+        total += model(**training.collate([example], 2)).loss.item() * answered
+        count += answered
+    for batch_size in (1, 2):
+        loss = training.mean_loss(model, task, tokenizer, split="test", batch_size=batch_size)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+    assert training.mean_loss(model, task, tokenizer, split="test", limit=1) != pytest.approx(total / count)
+    with pytest.raises(ValueError, match="toy's test split gives none"):
+        training.mean_loss(model, task, tokenizer, split="test", limit=0)
+
+
+def test_full_fine_tuning_moves_every_linear_weight_and_nothing_else(model, tokenizer):
+    weights = training.train_every_linear(model)
+    assert sorted(weights) == sorted(
+        name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training.train(model, training.make_batches(toy_task(), tokenizer, 4), 2, 1e-3)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"{name}.weight" for name in weights}
+
+
+def test_mixed_precision_computes_in_bfloat16_and_updates_in_float32(model, tokenizer):
+    training.train_every_linear(model)
+    batch = next(training.make_batches(toy_task(), tokenizer, batch_size=4))
+    exact = training.answer_loss(model, batch).item()
+    dtypes, exactly = [], copy.deepcopy(model)
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, inputs, y: dtypes.append(y.dtype))
+    training.compute_in_bfloat16(model)
+    rounded = training.answer_loss(model, batch)
+    assert dtypes == [torch.bfloat16]
+    assert 0 < abs(rounded.item() - exact) < 0.02 * exact
+    rounded.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    model.zero_grad()
+    runs = [
+        training.train(m, training.make_batches(toy_task(), tokenizer, 4), 30, 1e-2) for m in (exactly, model)
+    ]
+    first, last = (runs[0][i].loss for i in (0, -1))
+    assert last < 0.95 * first
+    assert runs[1][-1].loss == pytest.approx(last, rel=0.02)  # weights cached across steps would stand still

@@ -94,6 +94,36 @@ def _shuffled(encoded, batch_size, pad_token_id, generator):
                 yield collate(batch, pad_token_id)
 
 
+def train_every_linear(model) -> dict[str, torch.nn.Parameter]:
+    """Full fine-tuning of what LoRA would adapt: freeze a model but for its linear layers' weights.
+
+    The LM head stays frozen, as it often is the embedding. Returns the weights by their layers' names;
+    what is in them now is the start, to be cloned by whoever wants ΔW.
+    """
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    weights = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    return weights
+
+
+def compute_in_bfloat16(model):
+    """The model, in place, with its forward passes in bfloat16 and its weights as they are.
+
+    Mixed precision: float32 weights take the small steps of training, bfloat16 products are twice as fast.
+    Attention runs without the fused kernel, which on a CPU is slow for the tasks' short rows.
+    """
+    device = model.get_input_embeddings().weight.device.type
+    model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
+    model.set_attn_implementation("eager")
+    return model
+
+
 def train(
     model,
     batches: Iterable[dict[str, torch.Tensor]],
@@ -141,7 +171,7 @@ def _step(model, batch, optimizer, parameters, max_grad_norm, step, rate) -> Ste
     """One forward, backward and update."""
     device = parameters[0].device
     batch = {key: value.to(device) for key, value in batch.items()}
-    loss = model(**batch).loss
+    loss = answer_loss(model, batch)
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss is {loss.item()} at step {step} with learning rate {rate:.2e}: "
@@ -155,18 +185,30 @@ def _step(model, batch, optimizer, parameters, max_grad_norm, step, rate) -> Ste
     return StepRecord(step=step, loss=loss.item(), learning_rate=rate, tokens=answered)
 
 
+def answer_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross entropy [nats per answer token] of a batch from `collate`: what transformers calls `loss`.
+
+    Logits are computed only at positions where some row of the batch answers: over a vocabulary of
+    49,152 they cost as much as eight of SmolLM2's layers, and the prompts' would be thrown away.
+    """
+    following = batch["labels"][:, 1:]
+    answered = (following != IGNORED).any(dim=0).nonzero()[:, 0]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logits = model(**inputs, logits_to_keep=answered).logits
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), following[:, answered].flatten(), ignore_index=IGNORED
+    )
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int = 16) -> list[str]:
     """Greedy continuations of the prompts, each cut at its first line break and stripped.
 
-    Prompts of like length share a batch, so that little is padded; the answers keep the prompts' order.
+    The answers keep the prompts' order.
     """
     device = model.get_input_embeddings().weight.device
-    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers: list[str] = [""] * len(prompts)
-    for start in progress(range(0, len(order), batch_size), "generate"):
-        rows = order[start : start + batch_size]
+    for rows in progress(_alike(tokenizer, prompts, batch_size), "generate"):
         inputs = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left")
         output = model.generate(
             input_ids=inputs["input_ids"].to(device),
@@ -199,13 +241,20 @@ def choose(
     if len(set(first)) < len(labels) or not labels:
         raise ValueError(f"labels must begin with different tokens, got {labels}: {first}")
     device = model.get_input_embeddings().weight.device
-    chosen: list[str] = []
-    for start in progress(range(0, len(prompts), batch_size), "choose"):
-        texts = prompts[start : start + batch_size]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    chosen: list[str] = [""] * len(prompts)
+    for rows in progress(_alike(tokenizer, prompts, batch_size), "choose"):
+        inputs = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left")
         logits = model(**inputs.to(device), logits_to_keep=1).logits[:, -1]
-        chosen += [labels[i] for i in logits[:, first].argmax(dim=1).tolist()]
+        for row, label in zip(rows, logits[:, first].argmax(dim=1).tolist(), strict=True):
+            chosen[row] = labels[label]
     return chosen
+
+
+def _alike(tokenizer, prompts: list[str], batch_size: int) -> list[list[int]]:
+    """Indices of the prompts in batches of like length, shortest first, so that little is padded."""
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def evaluate(model, task, tokenizer, *, split: str = "test", limit: int | None = None, batch_size: int = 16):
@@ -221,6 +270,31 @@ def evaluate(model, task, tokenizer, *, split: str = "test", limit: int | None =
     predictions = generate(model, tokenizer, prompts, task.max_answer_tokens, batch_size)
     targets = list(rows["target"])
     return Metrics(task.metric(predictions, targets), tuple(predictions), tuple(targets))
+
+
+@torch.no_grad()
+def mean_loss(
+    model, task, tokenizer, *, split: str = "validation", limit: int | None = None, batch_size: int = 8
+) -> float:
+    """Mean loss [nats per answer token] over a task's split, or over its first `limit` rows.
+
+    Finer than a metric: it moves before an answer changes. Raises ValueError where there are no rows.
+    """
+    rows = getattr(task, split)
+    rows = rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+    if len(rows) == 0:
+        raise ValueError(f"no loss without rows: {task.name}'s {split} split gives none (limit={limit})")
+    encoded = [encode(tokenizer, task.prompt(row["input"]), row["target"]) for row in rows]
+    encoded.sort(key=lambda example: len(example["input_ids"]))
+    device = model.get_input_embeddings().weight.device
+    total, answered = 0.0, 0
+    for start in range(0, len(encoded), batch_size):
+        batch = collate(encoded[start : start + batch_size], tokenizer.pad_token_id)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += answer_loss(model, batch).item() * count
+        answered += count
+    return total / answered
 
 
 @torch.no_grad()
