@@ -33,10 +33,10 @@ def quantize_blockwise(
 ) -> BlockwiseQuantized:
     """qᵢ = the index of the codebook's value nearest to wᵢ / sⱼ, with sⱼ = max |w| over block j.
 
-    Blocks are `block_size` [elements] in a row of the flattened tensor; the last may be shorter. The rule,
-    bit for bit bitsandbytes' on a CPU: compute in float32; multiply a whole block by 1 / max(sⱼ, 1e-38), divide
-    a partial one by the same; a number halfway between two values takes the lower. So in a block of zeros
-    all are the code of 0, -0.0 is 0, and a block whose sⱼ is below 1e-38 is rounded coarsely, mostly to 0.
+    Blocks are `block_size` [elements] in a row of the flattened tensor; the last may be partial. The rule,
+    bit for bit bitsandbytes' on a CPU: in float32, multiply a whole block by 1 / max(sⱼ, 1e-38), divide a
+    partial one by the same; halfway between two values take the lower. So a block of zeros is all code of
+    0, -0.0 becomes 0, and a block whose sⱼ is below 1e-38 is rounded coarsely, mostly to 0.
 
     Returns `indices` uint8[N] and `absmax` float32[ceil(N / block_size)] of any shape, empty ones too.
     Raises ValueError: a number that is not finite (how many, and where the first), a bad block size or
@@ -131,8 +131,8 @@ def check_input(x: Tensor, block_size: int) -> None:
         wrong = (~x.isfinite()).nonzero()
         first = tuple(wrong[0].tolist())
         raise ValueError(
-            f"{len(wrong)} of {x.numel()} numbers are not finite, the first at {list(first)}: {x[first].item()}. "
-            "Quantize finite weights"
+            f"{len(wrong)} of {x.numel()} numbers are not finite, the first is {x[first].item()} "
+            f"at {list(first)}; only finite numbers can be quantized"
         )
 
 

@@ -88,9 +88,9 @@ def double_quantize(q: NF4Weight, group_size: int = 256) -> NF4Weight:
 
 
 def bits_per_parameter(block_size: int = 64, group_size: int | None = 256) -> float:
-    """[bits] of NF4 storage for a parameter: 4 + 8 / b + 32 / (b g), or 4 + 32 / b where `group_size` is None.
+    """[bits] of NF4 storage for a parameter: 4 + 8 / b + 32 / (b g); without double quantization 4 + 32 / b.
 
-    4.126953125 for b = 64, g = 256, and 4.5 without double quantization. The tensor's one offset, 32 bits,
+    4.126953125 for b = 64, g = 256, and 4.5 where `group_size` is None. The tensor's one offset, 32 bits,
     is left out. QLoRA, section 3. Chapter 08.
     """
     for name, size in (("block_size", block_size), ("group_size", group_size)):

@@ -119,6 +119,20 @@ def load_fp32_weights(name="minilm") -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in load_file(path).items() if tensor.is_floating_point()}
 
 
+@torch.no_grad()
+def change_linear_weights(model, change) -> list[str]:
+    """In place, the weight of every linear layer but the LM head becomes `change(weight)`; returns names.
+
+    What quantizing a base does to a model, without a quantized layer: pass a function that quantizes a
+    weight [out, in] and dequantizes it. The result must have the weight's shape. Chapter 09.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    for module in linear.values():
+        module.weight.copy_(change(module.weight))
+    return list(linear)
+
+
 def keep_trainable(model) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference, after which nothing trains.
 
