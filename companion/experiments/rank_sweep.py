@@ -1,8 +1,9 @@
 """Chapter 05: which rank? Three tasks, seven ranks and full fine-tuning, the learning rate swept for each.
 
 For every task and rank the learning rate climbs a grid of √10 from a start until both neighbours of the
-best have been tried (lowest validation loss, seed 0); then that rate is run with further seeds. A run is
-one record in records/rank_sweep.jsonl: cut it anywhere, start it again, and it goes on where it was. Two
+best have been tried (lowest validation loss, seed 0). Then that rate, and any other whose loss is within
+an eighth of it, is run with further seeds; the best rate is the one with the lowest mean. A run is one
+record in records/rank_sweep.jsonl: cut it anywhere, start it again, and it goes on where it was. Two
 processes with different --tasks share the work.
 
     python companion/experiments/rank_sweep.py --tasks wordnet spam
@@ -38,6 +39,7 @@ ROWS = {"validation": 96, "test": 192, "written": 48}
 SPAM_CHARACTERS = 80  # of a message: its opening alone, so that the task is harder and a step short
 START = {"lora": -2.5, "full": -3.5}  # log10 of the first learning rate tried
 GRID = 0.5  # and of the factor between neighbours
+NEAR = 1.125  # a rate whose loss with seed 0 is this close to the best is run with all seeds
 
 
 def load_swept_task(name: str):
@@ -112,8 +114,8 @@ def configuration(task: str, rank: int | str, exponent: float, steps: int) -> di
     return SETTINGS | {"task": task, "rank": rank, "log10_learning_rate": exponent, "steps": steps, **ROWS}
 
 
-def tried(task: str, rank: int | str, steps: int) -> dict[float, float]:
-    """Validation loss by exponent of the learning rate, for the runs with seed 0; diverged is infinite."""
+def tried(task: str, rank: int | str, steps: int, seed: int = 0) -> dict[float, float]:
+    """Validation loss by exponent of the learning rate, for the runs with a seed; diverged is infinite."""
     try:
         records = measured.load("rank_sweep")
     except FileNotFoundError:
@@ -121,9 +123,26 @@ def tried(task: str, rank: int | str, steps: int) -> dict[float, float]:
     losses = {}
     for record in records:
         exponent = record.configuration["log10_learning_rate"]
-        if record.seed == 0 and record.configuration == configuration(task, rank, exponent, steps):
+        if record.seed == seed and record.configuration == configuration(task, rank, exponent, steps):
             losses[exponent] = record.figures.get("validation_loss", math.inf)
     return losses
+
+
+def near_best(losses: dict[float, float]) -> list[float]:
+    """The exponents whose loss is within `NEAR` of the lowest."""
+    return [exponent for exponent, loss in losses.items() if loss <= NEAR * min(losses.values())]
+
+
+def best_exponent(task: str, rank: int | str, steps: int, seeds: int) -> float:
+    """log10 of the learning rate with the lowest mean validation loss over the seeds.
+
+    Raises KeyError where the climb or a seed of a rate near the best has not been run.
+    """
+    by_seed = [tried(task, rank, steps, seed) for seed in range(seeds)]
+    near = near_best(by_seed[0]) if by_seed[0] and next_exponent(by_seed[0], 0) is None else []
+    if not near or not all(exponent in losses for losses in by_seed for exponent in near):
+        raise KeyError(f"run rank_sweep.py first: {task} at rank {rank} has no best learning rate yet")
+    return min(near, key=lambda exponent: statistics.mean(losses[exponent] for losses in by_seed))
 
 
 def next_exponent(losses: dict[float, float], start: float) -> float | None:
@@ -164,9 +183,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.tasks:
             while (e := next_exponent(tried(name, rank, options.steps), start)) is not None:
                 record(name, rank, e, 0)
-            losses = tried(name, rank, options.steps)
-            for seed in range(1, options.seeds):
-                record(name, rank, min(losses, key=losses.get), seed)
+            for exponent in near_best(tried(name, rank, options.steps)):
+                for seed in range(1, options.seeds):
+                    record(name, rank, exponent, seed)
 
 
 if __name__ == "__main__":
