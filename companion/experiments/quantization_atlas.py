@@ -1,21 +1,23 @@
-"""Chapter 09: what a format costs and what it keeps. Four parts, each a set of records in one file.
+"""Chapter 09: what a format costs and what it keeps. Six parts, each a set of records in one file.
 
     perplexity  SmolLM2 on two texts, its linear weights rounded: every format, and block sizes for some
     tasks       the same model on the three tasks before fine-tuning
     lora        LoRA of rank 8 trained on the rounded base, three seeds a task; base "fp32" is in rank_sweep
     encoder     MiniLM, whose float32 weights nobody has rounded: error, embeddings, a nearest-neighbour task
+    small       the small language model of small_lm.py, rounded by nobody either: loss on unseen documents
     times       quantize and dequantize, as ratios to NF4 in the same round: only on a machine that rests
 
 SmolLM2's weights come from a Q4_1 file (affine 4-bit integers, blocks of 32), so that very format would
-score a perfect 0 on it: it is measured on MiniLM, and on SmolLM2 only to show the trap. Appends to
-records/quantization_atlas.jsonl; a run that has a record is skipped, so cut it anywhere.
+score a perfect 0 on it: it is measured on MiniLM and the small model, and on SmolLM2 only to show the trap.
+Appends to records/quantization_atlas.jsonl; a run that has a record is skipped, so cut it anywhere.
 
-    python companion/experiments/quantization_atlas.py --parts perplexity tasks encoder lora
+    python companion/experiments/quantization_atlas.py --parts small perplexity tasks encoder lora
 """
 
 import argparse
 import copy
 import gc
+import hashlib
 import importlib.util
 import math
 import statistics
@@ -34,11 +36,17 @@ from lora2qlora.blockwise import (
 )
 from lora2qlora.double_quantization import bits_per_parameter, double_quantize
 from lora2qlora.lab import measured
-from lora2qlora.lab.models import change_linear_weights, load_base_model, load_fp32_weights
+from lora2qlora.lab.models import (
+    SMALL_LM,
+    change_linear_weights,
+    load_base_model,
+    load_fp32_weights,
+    load_small_lm,
+)
 from lora2qlora.lab.tasks import load_task, load_text
 from lora2qlora.lab.training import choose, compute_in_bfloat16, make_batches, mean_loss, perplexity, train
 from lora2qlora.nf4 import dequantize_nf4, fitted_codebook, nf4_codebook, quantize_nf4
-from rank_sweep import load_swept_task, next_exponent, score, tried
+from rank_sweep import best_exponent, load_swept_task, score
 
 MODEL = "smollm2-135m"
 TASKS = ("wordnet", "cmudict", "spam")
@@ -56,6 +64,9 @@ CODEBOOKS = {  # bits of a code, and the codebook for a block size
 }
 SWEPT = ("nf4", "int4", "fp4", "nf4+dq", "l1-fit")  # formats that get every block size
 AT_64 = ("bf16", "int8", "nf4+dq", "int3", "int2", "fp4-e3m0", "l2-fit")
+ON_SMALL = [(form, 64) for form in ("fp32", "nf4", "int4", "int8", "int3", "int2", "fp4", "nf4+dq")]
+ON_SMALL += [(form, 64) for form in ("l1-fit", "l2-fit", "fp4-e3m0", "bf16")]
+ON_SMALL += [(form, 32) for form in ("affine-int4", "int4", "nf4", "l1-fit")]
 TRAINED_ON = ("nf4+dq", "int4", "int3", "fp4", "int2", "nf4", "int8")  # in order of worth
 LORA = {"rank": 8, "alpha": 16, "steps": 48, "batch_size": 8}
 
@@ -157,14 +168,6 @@ def run_lora(
     return figures | score(model, tokenizer, task)
 
 
-def best_exponent(task: str) -> float:
-    """log10 of the learning rate that rank_sweep.py found best for this task and rank; KeyError before it."""
-    losses = tried(task, LORA["rank"], LORA["steps"])
-    if not losses or next_exponent(losses, 0) is not None:
-        raise KeyError(f"run rank_sweep.py first: {task} at rank {LORA['rank']} has no best learning rate")
-    return min(losses, key=losses.get)
-
-
 def load_encoder():
     """MiniLM with its tokenizer, from the verified package."""
     from transformers import AutoModel, AutoTokenizer
@@ -204,6 +207,29 @@ def run_encoder(encoder, tokenizer, form: str, block_size: int, rows: int) -> di
     }
 
 
+@torch.no_grad()
+def run_small(base, tokenizer, form: str, block_size: int, per_document: int) -> dict:
+    """Loss of each whole window of 256 tokens of the documents that the small model was not trained on.
+
+    `..._losses` by window, document after document; `..._windows`: how many of them are of each document.
+    """
+    model, error = with_rounded_weights(base, form, block_size)
+    figures = {"bits": bits(form, block_size), "error": error}
+    length = model.config.max_position_embeddings
+    for name in ("sotu", "moby_dick"):
+        losses, counts = [], []
+        for text in load_text(name)["text"]:
+            ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]])
+            windows = ids.unfold(0, length + 1, length)[:per_document]
+            logits = model(input_ids=windows[:, :-1], use_cache=False).logits.transpose(1, 2)
+            nats = torch.nn.functional.cross_entropy(logits, windows[:, 1:], reduction="none").mean(1)
+            losses += [round(loss, 6) for loss in nats.tolist()]
+            counts.append(len(windows))
+        figures |= {f"{name}_losses": losses, f"{name}_windows": counts}
+        figures[f"{name}_perplexity"] = math.exp(statistics.mean(losses))
+    return figures
+
+
 def run_times(rounds: int) -> dict[str, dict[str, float]]:
     """Median ratio to NF4, in interleaved rounds, of quantizing and dequantizing [2048, 2048] in float32."""
     weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
@@ -241,17 +267,20 @@ def record(part: str, configuration: dict, run, seed: int = 0) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run what has no record yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parts = ("perplexity", "encoder", "tasks", "lora", "times")
-    parser.add_argument("--parts", nargs="+", default=parts[:4], choices=parts)
+    parts = ("small", "perplexity", "encoder", "tasks", "lora", "times")
+    parser.add_argument("--parts", nargs="+", default=parts[:5], choices=parts)
     parser.add_argument("--formats", nargs="+", help="only these")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, from each text")
+    parser.add_argument("--per-document", type=int, default=100, help="windows at most; part small")
     parser.add_argument("--rows", type=int, default=192, help="test rows of each task")
     parser.add_argument("--steps", type=int, default=LORA["steps"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     wanted = [(f, b) for f, b in settings() if not options.formats or f in options.formats]
+    if "small" in options.parts:
+        run_on_small_model(options)
     if "encoder" in options.parts:
         encoder = load_encoder()
         for form, size in [*wanted, ("affine-int4", 32), ("int4", 32)]:
@@ -263,6 +292,18 @@ def main(arguments: list[str] | None = None) -> None:
     if "times" in options.parts:
         shape = {"shape": [2048, 2048], "block_size": 64, "rounds": options.rounds}
         record("times", shape, lambda: run_times(options.rounds))
+
+
+def run_on_small_model(options) -> None:
+    """The part that needs the small language model; a model trained anew gets records of its own."""
+    base = load_small_lm()
+    weights = hashlib.sha256((SMALL_LM / "model.safetensors").read_bytes()).hexdigest()
+    for form, size in ON_SMALL:
+        if options.formats and form not in options.formats:
+            continue
+        configuration = {"model": "small_lm", "format": form, "block_size": size}
+        configuration |= {"sha256": weights, "per_document": options.per_document}
+        record("small", configuration, partial(run_small, *base, form, size, options.per_document))
 
 
 def run_on_language_model(options, wanted: list[tuple[str, int]]) -> None:
@@ -278,7 +319,7 @@ def run_on_language_model(options, wanted: list[tuple[str, int]]) -> None:
         return
     forms = [form for form in TRAINED_ON if not options.formats or form in options.formats]
     for task, seed, form in [(t, s, f) for t in options.tasks for s in range(options.seeds) for f in forms]:
-        exponent = best_exponent(task)
+        exponent = best_exponent(task, LORA["rank"], LORA["steps"], seeds=3)
         configuration = LORA | {"model": MODEL, "format": form, "block_size": 64, "task": task}
         configuration |= {"log10_learning_rate": exponent, "steps": options.steps}
         run = partial(run_lora, *base, form, 64, task, 10**exponent, seed, options.steps)

