@@ -55,8 +55,7 @@ def convert_in_a_new_process(tiny, target: Path, before: str = "") -> subprocess
     """Start a Python that converts the tiny GGUF into `target`; `before` runs first in it."""
     code = f"""
     from pathlib import Path
-    from lora2qlora.lab import measured, models
-from lora2qlora.lab.tasks import load_text
+    from lora2qlora.lab import models
     {before}
     print(models.convert_gguf(Path({str(tiny[0])!r}), {tiny[1]!r}, Path({str(target)!r})))
     """
