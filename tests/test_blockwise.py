@@ -360,6 +360,8 @@ def test_any_codebook_equals_bitsandbytes_fp4_values(block_size, dtype):
 def test_what_is_not_finite_is_counted_and_located(value, dtype):
     x = torch.ones(4, 6, dtype=dtype)
     x[2, 3:5] = value
+    with pytest.raises(ValueError, match=rf"2 of 24 numbers.*first is {value} at \[2, 3\]"):
+        quantize_blockwise(x, CODEBOOKS["int4"])
     x[3, 5] = math.nan
     with pytest.raises(ValueError, match=rf"3 of 24 numbers.*first is {value} at \[2, 3\]"):
         quantize_blockwise(x, CODEBOOKS["int4"])
