@@ -80,6 +80,7 @@ def test_every_code_is_the_nearest_by_brute_force(kind, count, group_size, seed)
     assert q.group_size == group_size
     assert torch.equal(absmax, before)
     if not count:
+        assert q.offset == 0
         assert q.dequantize().shape == (0,)
         return
     assert torch.equal(q.offset, absmax.mean())
