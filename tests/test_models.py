@@ -355,6 +355,15 @@ def test_changing_linear_weights_reaches_all_but_the_head(installed):
         assert parameter.is_leaf
 
 
+def test_a_changed_weight_of_another_shape_is_refused(installed):
+    model, _ = models.load_base_model("tiny")
+    first = model.model.layers[0].self_attn.q_proj.weight
+    before = first.detach().clone()
+    with pytest.raises(ValueError, match=r"q_proj: \[\d+, \d+\] cannot become \[1, \d+\]"):
+        models.change_linear_weights(model, lambda weight: weight[:1])
+    assert torch.equal(first, before)
+
+
 def test_changing_linear_weights_of_a_model_without_a_head():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 4))
     bias = model[0].bias.detach().clone()
@@ -363,7 +372,7 @@ def test_changing_linear_weights_of_a_model_without_a_head():
     assert not model[2].weight.any()
     assert torch.equal(model[0].bias, bias)
     assert model[1].weight.eq(1).all()
-    with pytest.raises(RuntimeError, match="must match"):
+    with pytest.raises(ValueError, match=r"0: \[2, 3\] cannot become \[2, 5\]"):
         models.change_linear_weights(model, lambda weight: weight[:, :1].expand(-1, 5))
 
 

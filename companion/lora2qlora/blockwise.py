@@ -34,9 +34,9 @@ def quantize_blockwise(
     """qᵢ = the index of the codebook's value nearest to wᵢ / sⱼ, with sⱼ = max |w| over block j.
 
     Blocks are `block_size` [elements] in a row of the flattened tensor; the last may be partial. The rule,
-    bit for bit bitsandbytes' on a CPU: in float32, multiply a whole block by 1 / max(sⱼ, 1e-38), divide a
-    partial one by the same; on the midpoint of two values, rounded to float32, take the lower. So a block
-    of zeros is all code of 0, -0.0 becomes 0, and a block whose sⱼ is below 1e-38 is rounded coarsely.
+    bit for bit that of bitsandbytes' 4-bit routine on a CPU: in float32, multiply a whole block by
+    1 / max(sⱼ, 1e-38), divide a partial one by the same; on the midpoint of two values, rounded to float32,
+    take the lower. So a block of zeros is all code of 0, -0.0 becomes 0, and where sⱼ < 1e-38 it is coarse.
 
     Returns `indices` uint8[N] and `absmax` float32[ceil(N / block_size)] of any shape, empty ones too.
     Raises ValueError: a number that is not finite (how many, and where the first), a bad block size or

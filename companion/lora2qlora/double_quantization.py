@@ -57,7 +57,7 @@ def quantize_absmax(absmax: Float32[Tensor, " blocks"], group_size: int = 256) -
     """The absmax values less their mean, quantized in groups of `group_size` [blocks] with the dynamic map.
 
     The nearest code is taken. bitsandbytes' CPU kernel first rounds to one of 65,536 numbers evenly spaced
-    from -1 to 1, so about one code in 600 differs, where a value lies within 2^-16 of halfway between two:
+    from -1 to 1, so one code in some hundreds differs, where a value lies within 2^-16 of halfway between:
     by one step, or by a few next to 0. One block alone comes back exactly: it is the mean.
 
     Raises ValueError: not finite, negative, not a vector, group_size < 1; TypeError: not float32.

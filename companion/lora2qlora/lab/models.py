@@ -148,12 +148,15 @@ def change_linear_weights(model, change) -> list[str]:
     """In place, the weight of every linear layer but the LM head becomes `change(weight)`; returns names.
 
     What quantizing a base does to a model, without a quantized layer: pass a function that quantizes a
-    weight [out, in] and dequantizes it. The result must have the weight's shape. Chapter 09.
+    weight [out, in] and dequantizes it. Raises ValueError: a result of another shape. Chapter 09.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    for module in linear.values():
-        module.weight.copy_(change(module.weight))
+    for name, module in linear.items():
+        changed = change(module.weight)
+        if changed.shape != module.weight.shape:
+            raise ValueError(f"{name}: {list(module.weight.shape)} cannot become {list(changed.shape)}")
+        module.weight.copy_(changed)
     return list(linear)
 
 
