@@ -14,7 +14,7 @@ NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
 PAGE   := _build/html/index.html
 
-.PHONY: help setup book test test-fast test-browser outputs lab lint format repository data clean
+.PHONY: help setup book test test-fast test-browser bench outputs lab lint format repository data clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -49,15 +49,18 @@ book: $(VENV)/.installed  ## build the book into _build/html
 
 test: setup  ## unit tests, checks of the book, and every notebook re-executed and compared
 	@echo "==> unit tests and checks of the book"
-	@$(OFFLINE) $(BIN)/python -m pytest tests -m "not browser"
+	@$(OFFLINE) $(BIN)/python -m pytest tests -m "not browser and not bench"
 	@echo "==> notebooks, every cell against its stored output"
 	@$(OFFLINE) $(BIN)/python -m pytest $(NBVAL) book
 
 test-fast: setup  ## the same without notebooks and slow tests
-	@$(OFFLINE) $(BIN)/python -m pytest tests -m "not browser and not slow"
+	@$(OFFLINE) $(BIN)/python -m pytest tests -m "not browser and not bench and not slow"
 
 test-browser: book  ## the built pages in headless Chromium (CHROMIUM=path if it is not on PATH)
 	@$(BIN)/python -m pytest tests -m browser
+
+bench: setup  ## that the fast paths are fast; on a machine that does nothing else
+	@$(OFFLINE) $(BIN)/python -m pytest tests -m bench
 
 outputs: setup  ## re-execute every notebook and store its outputs
 	@$(OFFLINE) $(BIN)/python tests/book_outputs.py

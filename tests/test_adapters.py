@@ -14,6 +14,7 @@ from lora2qlora.adapters import (
     ParameterCount,
     add_lora,
     count_parameters,
+    find_targets,
     load_adapter,
     lora_layers,
     merge_lora,
@@ -133,7 +134,22 @@ def test_a_head_is_found_without_a_transformers_model():
     ],
 )
 def test_targets_are_suffixes_at_a_dot(targets, expected):
+    assert find_targets(tiny_llama(), targets) == expected
     assert add_lora(tiny_llama(), targets, 2, 4) == expected
+
+
+def test_finding_targets_changes_nothing_and_leaves_out_what_is_adapted():
+    model = tiny_llama()
+    before = snapshot(model)
+    everything = find_targets(model, "all-linear")
+    assert everything == find_targets(model, SUFFIXES)
+    with pytest.raises(ValueError, match=r"named \['query'\]; the candidates are \['down_proj', "):
+        find_targets(model, ["q_proj", "query"])
+    with pytest.raises(ValueError, match=r'pass \["q_proj"\] for one'):
+        find_targets(model, "q_proj")
+    assert_unchanged(model, before)
+    adapted_now = add_lora(model, ["q_proj"], 2, 4)
+    assert find_targets(model, "all-linear") == [n for n in everything if n not in adapted_now]
 
 
 def test_it_freezes_all_but_the_adapters_and_keeps_the_mode():

@@ -293,6 +293,53 @@ def test_a_variant_weighs_what_it_trains():
     assert sizes["peak_bytes"] > sizes["frozen_bytes"]
 
 
+# QLoRA from scratch beside PEFT's -----------------------------------------------------------------
+
+
+def test_every_run_of_the_parity_is_made_and_recorded_once(tmp_path, monkeypatch):
+    module = script("qlora_parity", tmp_path, monkeypatch)
+    made = []
+    monkeypatch.setattr(module, "run", lambda *asked: made.append(asked) or {"losses": [1.0]})
+    module.main([])
+    module.main([])
+    assert made == list(module.RUNS)
+    assert len({tuple(sorted(r.configuration.items())) for r in measured.load("qlora_parity")}) == len(made)
+
+
+def test_runs_of_the_parity_differ_in_what_they_say_and_in_nothing_else(tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    module = script("qlora_parity", tmp_path, monkeypatch)
+
+    def load_base_model(name, dtype):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).to(dtype).eval(), None
+
+    monkeypatch.setattr(module, "load_base_model", load_base_model)
+    tokens, losses, starts = torch.arange(20).view(2, 10), {}, {}
+    for code in ("ours", "peft", "shared", "twice", "upcast"):
+        model, _ = module.build(code, False, torch.bfloat16)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        starts[code] = [p.detach() for n, p in trained.items() if "lora_A" in n]
+        optimizer = torch.optim.AdamW(trained.values(), lr=0.01)
+        losses[code] = []
+        for _ in range(4):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            losses[code].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert {p.dtype for n, p in model.named_parameters() if "norm" in n} == (
+            {torch.float32} if code == "upcast" else {torch.bfloat16}
+        )
+    assert all(len(start) == 7 for start in starts.values())
+    assert losses["ours"] == losses["shared"]
+    assert losses["twice"] == losses["peft"] != losses["upcast"]
+    assert losses["twice"][0] == losses["ours"][0]
+    assert losses["twice"] != losses["ours"]
+
+
 # The atlas of formats -----------------------------------------------------------------------------
 
 
@@ -325,6 +372,20 @@ def test_affine_integers_find_their_own_grid_again(atlas):
     once = atlas.affine_int4(torch.randn(64, 64), 32)
     torch.testing.assert_close(atlas.affine_int4(once, 32), once)
     assert len(once.view(-1, 32)[0].unique()) <= 16
+
+
+def test_a_shift_begins_the_blocks_elsewhere(atlas):
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    plain, turned = (atlas.rounded(weight, "nf4", 64, shift) for shift in (0, 16))
+    block = slice(16, 80)
+    expected = atlas.rounded(weight.flatten()[block], "nf4", 64)
+    torch.testing.assert_close(turned.flatten()[block], expected, rtol=0, atol=0)
+    assert not torch.equal(plain, turned)
+    assert torch.equal(plain, atlas.rounded(weight, "nf4", 64, shift=64))  # by whole blocks: nothing new
+    both_ends = torch.cat([weight.flatten()[-48:], weight.flatten()[:16]])
+    expected = atlas.rounded(both_ends, "nf4", 64)
+    torch.testing.assert_close(turned.flatten()[:16], expected[48:], rtol=0, atol=0)
 
 
 def test_a_part_that_has_records_is_not_run_again(atlas, monkeypatch):
@@ -579,6 +640,18 @@ def test_a_compressor_that_has_read_the_text_needs_few_bits(small_lm):
     assert bits["xz after the training text"] < 0.02 * bits["xz"] < 0.02 * 8 * len(text)
 
 
+@pytest.mark.slow
+def test_shifts_are_recorded_from_the_half_outwards_and_once(atlas, monkeypatch):
+    monkeypatch.setattr(atlas, "SHIFTED", [("small_lm", "int2", 64)])
+    arguments = ["--parts", "shifts", "--per-document", "1"]
+    atlas.main([*arguments, "--shifts", "1"])
+    atlas.main([*arguments, "--shifts", "3"])
+    made = measured.load("quantization_atlas")
+    assert [r.configuration["shift"] for r in made] == [32, 16, 48]
+    assert all(r.configuration["part"] == "shifts" and r.figures["error"] > 0.5 for r in made)
+    assert len({r.figures["sotu_perplexity"] for r in made}) == 3
+
+
 def test_the_small_part_keeps_the_loss_of_every_window(atlas, monkeypatch):
     monkeypatch.setattr(atlas, "ON_SMALL", [("fp32", 64), ("int2", 64)])
     atlas.main(["--parts", "small", "--per-document", "2"])
@@ -591,3 +664,55 @@ def test_the_small_part_keeps_the_loss_of_every_window(atlas, monkeypatch):
         assert exact[f"{name}_perplexity"] == pytest.approx(
             math.exp(statistics.mean(exact[f"{name}_losses"])), rel=1e-5
         )
+
+
+# The recipe of chapter 13 --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    return script("recipe", tmp_path, monkeypatch)
+
+
+def test_the_recipe_runs_every_arm_of_a_seed_and_resumes_where_it_was_cut(recipe, monkeypatch):
+    made, cut = [], [2]
+
+    def stub(settings, arm, seed):
+        if len(made) in cut:
+            cut.clear()
+            raise KeyboardInterrupt
+        made.append((recipe.ARMS.index(arm), seed, settings["steps"]))
+        return {"accuracy": 0.5, "losses": [1.0]}
+
+    monkeypatch.setattr(recipe, "run", stub)
+    asked = ["--seeds", "2", "--arms", "0", "3", "1", "--steps", "5"]
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(asked)
+    recipe.main(asked)
+    recipe.main(asked)
+    assert made == [(0, 0, 5), (3, 0, 5), (1, 0, 5), (0, 1, 5), (3, 1, 5), (1, 1, 5)]
+    assert {r.configuration["labels"] for r in measured.load("recipe")} == {"answer", "no end"}
+
+
+def test_an_arm_of_the_recipe_changes_one_thing(recipe):
+    for arm in recipe.ARMS[:5]:
+        assert sum(arm[key] != recipe.MAIN[key] for key in arm) == (arm != recipe.MAIN)
+
+
+@pytest.mark.slow
+def test_the_recipe_works_at_toy_size_and_labels_what_its_arms_say(recipe):
+    _, tokenizer = models.load_base_model("smollm2-135m")
+    row, end = {"input": "a domesticated animal", "target": "animal"}, tokenizer.eos_token_id
+    trains = {}
+    for labels in ("answer", "no end", "everything"):
+        encoded = recipe.encode_row(tokenizer, recipe.SETTINGS, row, labels)
+        trains[labels] = [x for x in encoded["labels"] if x != recipe.IGNORED]
+        assert encoded["input_ids"][-1] == end
+    assert tokenizer.decode(trains["answer"]) == "animal" + tokenizer.eos_token
+    assert tokenizer.decode(trains["no end"]) == "animal"
+    assert trains["everything"] == encoded["input_ids"]
+    toy = {"steps": 2, "batch_size": 2, "train_rows": 40, "test_rows": 2}
+    figures = recipe.run(recipe.SETTINGS | toy, recipe.MAIN, 0)
+    assert len(figures["losses"]) == 2
+    assert 0 <= figures["stopped"] <= 1
+    assert figures["test_loss"] > 0

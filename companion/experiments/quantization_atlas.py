@@ -1,17 +1,19 @@
-"""Chapter 09: what a format costs and what it keeps. Six parts, each a set of records in one file.
+"""Chapter 09: what a format costs and what it keeps. Seven parts, each a set of records in one file.
 
     perplexity  SmolLM2 on two texts, its linear weights rounded: every format, and block sizes for some
     tasks       the same model on the three tasks before fine-tuning
     lora        LoRA of rank 8 trained on the rounded base, three seeds a task; base "fp32" is in rank_sweep
     encoder     MiniLM, whose float32 weights nobody has rounded: error, embeddings, a nearest-neighbour task
     small       the small language model of small_lm.py, rounded by nobody either: loss on unseen documents
+    shifts      encoder, small and perplexity again, the blocks of each matrix begun elsewhere: the luck of
+                one rounding, which the windows of a text cannot show
     times       quantize and dequantize, as ratios to NF4 in the same round: only on a machine that rests
 
 SmolLM2's weights come from a Q4_1 file (affine 4-bit integers, blocks of 32), so that very format would
 score a perfect 0 on it: it is measured on MiniLM and the small model, and on SmolLM2 only to show the trap.
 Appends to records/quantization_atlas.jsonl; a run that has a record is skipped, so cut it anywhere.
 
-    python companion/experiments/quantization_atlas.py --parts small perplexity tasks encoder lora
+    python companion/experiments/quantization_atlas.py --parts small perplexity tasks encoder lora shifts
 """
 
 import argparse
@@ -19,6 +21,7 @@ import copy
 import gc
 import hashlib
 import importlib.util
+import itertools
 import math
 import statistics
 import time
@@ -67,12 +70,26 @@ AT_64 = ("bf16", "int8", "nf4+dq", "int3", "int2", "fp4-e3m0", "l2-fit")
 ON_SMALL = [(form, 64) for form in ("fp32", "nf4", "int4", "int8", "int3", "int2", "fp4", "nf4+dq")]
 ON_SMALL += [(form, 64) for form in ("l1-fit", "l2-fit", "fp4-e3m0", "bf16")]
 ON_SMALL += [(form, 32) for form in ("affine-int4", "int4", "nf4", "l1-fit")]
-TRAINED_ON = ("nf4+dq", "int4", "int3", "fp4", "int2", "nf4", "int8")  # in order of worth
+TRAINED_ON = ("nf4+dq", "int4", "int3", "fp4", "int2", "int8", "l1-fit", "nf4")  # in order of worth
+SHIFTED = [  # (model, format, block size)
+    *[("minilm", form, 32) for form in ("nf4", "affine-int4", "int4")],
+    *[("small_lm", form, 32) for form in ("nf4", "affine-int4", "int4")],
+    *[("small_lm", form, 64) for form in ("nf4", "fp4", "int4")],
+    *[(MODEL, form, 64) for form in ("nf4", "int4", "fp4", "l1-fit")],
+    *[(MODEL, form, size) for form, size in [("l1-fit", 1024), ("fp4", 256), ("nf4", 1024), ("int4", 32)]],
+    *[(MODEL, form, size) for form, size in [("nf4+dq", 64), ("nf4", 256), ("l1-fit", 256)]],
+]
 LORA = {"rank": 8, "alpha": 16, "steps": 48, "batch_size": 8}
 
 
-def rounded(weight: torch.Tensor, form: str, block_size: int) -> torch.Tensor:
-    """A weight [out, in] after quantization and dequantization, in its own dtype."""
+def rounded(weight: torch.Tensor, form: str, block_size: int, shift: int = 0) -> torch.Tensor:
+    """A weight [out, in] after quantization and dequantization, in its own dtype.
+
+    With a shift the blocks begin `shift` [elements] later, and one of them holds both ends of the matrix.
+    """
+    if shift:
+        turned = weight.flatten().roll(-shift).view_as(weight)
+        return rounded(turned, form, block_size).flatten().roll(shift).view_as(weight)
     if form == "fp32":
         return weight
     if form == "bf16":
@@ -117,17 +134,17 @@ def relative_error(before: dict[str, torch.Tensor], after: dict[str, torch.Tenso
     return math.sqrt(wrong / sum(w.double().square().sum().item() for w in before.values()))
 
 
-def with_rounded_weights(base, form: str, block_size: int):
+def with_rounded_weights(base, form: str, block_size: int, shift: int = 0):
     """A copy of a model with its linear weights rounded, and their relative error."""
     model = copy.deepcopy(base)
-    names = change_linear_weights(model, lambda w: rounded(w, form, block_size))
+    names = change_linear_weights(model, lambda w: rounded(w, form, block_size, shift))
     before, after = ({n: m.get_submodule(n).weight for n in names} for m in (base, model))
     return model, relative_error(before, after)
 
 
-def run_perplexity(base, tokenizer, form: str, block_size: int, windows: int) -> dict:
+def run_perplexity(base, tokenizer, form: str, block_size: int, windows: int, shift: int = 0) -> dict:
     """Loss of each window of 512 tokens of two texts, and the perplexity of each text."""
-    model, error = with_rounded_weights(base, form, block_size)
+    model, error = with_rounded_weights(base, form, block_size, shift)
     figures = {"bits": bits(form, block_size), "error": error}
     for name in ("sotu", "moby_dick"):
         ids = tokenizer("\n\n".join(load_text(name)["text"]))["input_ids"]
@@ -191,11 +208,11 @@ def embed(model, tokenizer, texts: list[str]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)
 
 
-def run_encoder(encoder, tokenizer, form: str, block_size: int, rows: int) -> dict:
+def run_encoder(encoder, tokenizer, form: str, block_size: int, rows: int, shift: int = 0) -> dict:
     """How far embeddings of definitions turn, and how well their neighbours' categories name their own."""
     task = load_task("wordnet")
     train_rows, test_rows = task.train.select(range(4 * rows)), task.test.select(range(rows))
-    model, error = with_rounded_weights(encoder, form, block_size)
+    model, error = with_rounded_weights(encoder, form, block_size, shift)
     exact = embed(encoder, tokenizer, test_rows["input"][:])
     queries, keys = (embed(model, tokenizer, part["input"][:]) for part in (test_rows, train_rows))
     answers = [train_rows["target"][i] for i in (queries @ keys.T).argmax(1).tolist()]
@@ -208,12 +225,12 @@ def run_encoder(encoder, tokenizer, form: str, block_size: int, rows: int) -> di
 
 
 @torch.no_grad()
-def run_small(base, tokenizer, form: str, block_size: int, per_document: int) -> dict:
+def run_small(base, tokenizer, form: str, block_size: int, per_document: int, shift: int = 0) -> dict:
     """Loss of each whole window of 256 tokens of the documents that the small model was not trained on.
 
     `..._losses` by window, document after document; `..._windows`: how many of them are of each document.
     """
-    model, error = with_rounded_weights(base, form, block_size)
+    model, error = with_rounded_weights(base, form, block_size, shift)
     figures = {"bits": bits(form, block_size), "error": error}
     length = model.config.max_position_embeddings
     for name in ("sotu", "moby_dick"):
@@ -267,16 +284,17 @@ def record(part: str, configuration: dict, run, seed: int = 0) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run what has no record yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parts = ("small", "perplexity", "encoder", "tasks", "lora", "times")
-    parser.add_argument("--parts", nargs="+", default=parts[:5], choices=parts)
+    parts = ("small", "perplexity", "encoder", "tasks", "lora", "shifts", "times")
+    parser.add_argument("--parts", nargs="+", default=parts[:6], choices=parts)
     parser.add_argument("--formats", nargs="+", help="only these")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, from each text")
-    parser.add_argument("--per-document", type=int, default=100, help="windows at most; part small")
+    parser.add_argument("--per-document", type=int, default=8, help="windows at most, of 256 tokens; small")
     parser.add_argument("--rows", type=int, default=192, help="test rows of each task")
     parser.add_argument("--steps", type=int, default=LORA["steps"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shifts", type=int, default=3, help="of the blocks, besides none")
     options = parser.parse_args(arguments)
     wanted = [(f, b) for f, b in settings() if not options.formats or f in options.formats]
     if "small" in options.parts:
@@ -289,21 +307,52 @@ def main(arguments: list[str] | None = None) -> None:
             record("encoder", configuration, partial(run_encoder, *encoder, form, size, options.rows))
     if set(options.parts) & {"perplexity", "tasks", "lora"}:
         run_on_language_model(options, wanted)
+    if "shifts" in options.parts:
+        run_shifts(options)
     if "times" in options.parts:
         shape = {"shape": [2048, 2048], "block_size": 64, "rounds": options.rounds}
         record("times", shape, lambda: run_times(options.rounds))
 
 
+def small_lm_hash() -> str:
+    """SHA-256 of the small model's weights."""
+    return hashlib.sha256((SMALL_LM / "model.safetensors").read_bytes()).hexdigest()
+
+
 def run_on_small_model(options) -> None:
     """The part that needs the small language model; a model trained anew gets records of its own."""
-    base = load_small_lm()
-    weights = hashlib.sha256((SMALL_LM / "model.safetensors").read_bytes()).hexdigest()
+    base, weights = load_small_lm(), small_lm_hash()
     for form, size in ON_SMALL:
         if options.formats and form not in options.formats:
             continue
         configuration = {"model": "small_lm", "format": form, "block_size": size}
         configuration |= {"sha256": weights, "per_document": options.per_document}
         record("small", configuration, partial(run_small, *base, form, size, options.per_document))
+
+
+def run_shifts(options) -> None:
+    """The blocks moved on by a quarter, a half and three quarters of a block, or as many steps as wanted."""
+    runs = {  # model: how to load it, what to measure, on how much
+        MODEL: (partial(load_base_model, MODEL), run_perplexity, {"windows": options.windows}),
+        "minilm": (load_encoder, run_encoder, {"rows": options.rows}),
+        "small_lm": (load_small_lm, run_small, {"per_document": options.per_document}),
+    }
+    loaded = cache(lambda name: runs[name][0]())
+    parts = options.shifts + 1
+    from_half = sorted(range(1, parts), key=lambda step: abs(2 * step - parts))
+    for step, (model, form, size) in itertools.product(from_half, SHIFTED):
+        if options.formats and form not in options.formats:
+            continue
+        _, run, amount = runs[model]
+        more = amount | {"shift": size * step // parts}
+        configuration = {"model": model, "format": form, "block_size": size} | more
+        configuration |= {"sha256": small_lm_hash()} if model == "small_lm" else {}
+        record("shifts", configuration, partial(run_shifted, loaded, model, run, form, size, more))
+
+
+def run_shifted(loaded, model: str, run, form: str, block_size: int, more: dict) -> dict:
+    """One run on a model that is loaded when it is first needed, and kept."""
+    return run(*loaded(model), form, block_size, **more)
 
 
 def run_on_language_model(options, wanted: list[tuple[str, int]]) -> None:

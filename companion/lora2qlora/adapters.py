@@ -55,6 +55,13 @@ def add_lora(
     Returns the names replaced. Raises ValueError: a target that no candidate is named (the message lists
     the candidates), or what LoRALinear refuses; the model is unchanged then. LoRA, section 4.2. Chapter 04.
     """
+    names = find_targets(model, targets)
+    _put(model, {name: (rank, alpha) for name in names}, dropout, dtype)
+    return names
+
+
+def find_targets(model: nn.Module, targets: list[str] | str) -> list[str]:
+    """The names of the linear layers that `targets` means, by the rule of `add_lora`; ValueError as there."""
     candidates = _candidates(model)
     if targets == "all-linear":
         targets = list(candidates)
@@ -63,9 +70,7 @@ def add_lora(
     unmatched = [target for target in targets if not any(_is_target(name, [target]) for name in candidates)]
     if unmatched or not targets:
         raise ValueError(_no_target(unmatched, candidates))
-    names = [name for name in candidates if _is_target(name, targets)]
-    _put(model, {name: (rank, alpha) for name in names}, dropout, dtype)
-    return names
+    return [name for name in candidates if _is_target(name, targets)]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -90,7 +95,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model carries no adapters to merge: add_lora or load_adapter first")
-    merged = {id(layer): _naming(name, merge, layer) for name, layer in layers.items()}
+    merged = {id(layer): naming(name, merge, layer) for name, layer in layers.items()}
     return copy.deepcopy(model, merged)  # deepcopy takes what stands in its memo, and copies the rest
 
 
@@ -220,7 +225,7 @@ def _put(
     """Check all, build all, fill A and B from `tensors`, freeze all but adapters, replace, in order."""
     bases = {name: model.get_submodule(name) for name in settings}
     for name, (rank, alpha) in settings.items():
-        _naming(name, check_adapter, bases[name], rank, alpha, dropout, dtype)
+        naming(name, check_adapter, bases[name], rank, alpha, dropout, dtype)
     layers = {name: LoRALinear(bases[name], *settings[name], dropout, dtype) for name in settings}
     if tensors is not None:
         for name, layer in layers.items():
@@ -233,7 +238,7 @@ def _put(
         model.set_submodule(name, layer)
 
 
-def _naming(name: str, function, *arguments):
+def naming(name: str, function, *arguments):
     """Call the function; what it raises names the module that it was about."""
     try:
         return function(*arguments)

@@ -63,7 +63,8 @@ def dequantize_blockwise(q: BlockwiseQuantized, codebook: Float32[Tensor, " code
     Raises ValueError: an index beyond the codebook. QLoRA, section 2. Chapter 06.
     """
     check_codebook(codebook)
-    if len(q.indices) and q.indices.max().item() >= len(codebook):
+    # A byte cannot be beyond 256 values, and a GPU would have to be waited for to look.
+    if len(codebook) < 256 and len(q.indices) and q.indices.max().item() >= len(codebook):
         raise ValueError(f"index {q.indices.max().item()} is beyond a codebook of {len(codebook)} values")
     values = codebook.to(q.indices.device)[q.indices.int()]
     return scale_blocks(values, q.absmax, q.block_size).to(q.dtype).view(q.shape)

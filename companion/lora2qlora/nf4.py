@@ -108,7 +108,7 @@ def dequantize_nf4(
 
     `dtype` is the weight's own unless given. `out` is a contiguous buffer of this shape to write into
     and return, and then gives the dtype. bitsandbytes 0.50 on AVX-512 CPUs is wrong where there are several
-    rows, of a length that is a multiple of 16 but not of the block size; this is not.
+    rows, of a length that is a multiple of 16 but not of the block size, if that is below 2048; this is not.
 
     Raises ValueError: `out` does not fit; TypeError: `dtype` is not a float. Chapter 07.
     """

@@ -1,0 +1,237 @@
+"""QLoRA's base: a linear layer whose frozen weight is stored in NF4. Chapter 10.
+
+QLoRA is `LoRALinear` over `NF4Linear`: `quantize_base(model)`, then `add_lora(model, ...)`. Nothing else
+of the model changes. QLoRA, sections 2 and 3.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora2qlora.adapters import find_targets, lora_layers, naming
+from lora2qlora.blockwise import check_input
+from lora2qlora.double_quantization import QuantizedAbsmax, double_quantize
+from lora2qlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+
+
+class _DequantizeAndMultiply(torch.autograd.Function):
+    """x Ŵᵀ + bias; Ŵ lives only while it is multiplied with, once forward and once backward."""
+
+    @staticmethod
+    def forward(ctx, x, bias, layer, *stored):
+        ctx.layer = layer
+        ctx.save_for_backward(*stored)  # tensors that the layer holds anyway: no byte more
+        with _without_autocast(x):
+            return F.linear(x, layer.dequantize(layer.assemble(*stored), x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        stored = ctx.saved_tensors  # once: gradient checkpointing gives each tensor back one time
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            with _without_autocast(grad):
+                grad_x = grad @ ctx.layer.dequantize(ctx.layer.assemble(*stored), grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, grad_bias, None, *[None for _ in stored]
+
+
+class NF4Linear(nn.Module):
+    """y = x Ŵᵀ + bias, with W [out, in] stored in NF4 and frozen.
+
+    Each forward pass dequantizes W to `compute_dtype`, multiplies, and lets the dense weight go; so does the
+    backward pass, which needs it for the gradient of x. Saved in between are the packed bytes alone, which
+    the layer holds anyway. x is cast to `compute_dtype`, autocast or not, and y to the dtype of x.
+
+    `packed` and the constants are buffers: `.to(device)` moves them, and `.half()` or `.to(dtype)` leaves
+    them as they are. `dequantize(NF4Weight, dtype) -> [out, in]` may be set to a faster function.
+
+    Raises TypeError: no NF4Weight, a dtype that is no float, x that is none; ValueError: a weight that is no
+    matrix, or whose parts do not fit, a bias of another shape. QLoRA, equation 5. Chapter 10.
+    """
+
+    dequantize: Callable[[NF4Weight, torch.dtype], Tensor] = staticmethod(dequantize_nf4)
+
+    def __init__(
+        self,
+        weight: NF4Weight,
+        bias: Float[Tensor, " out"] | None = None,
+        compute_dtype: torch.dtype = torch.bfloat16,
+    ):
+        check_weight(weight, bias, compute_dtype)
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.block_size, self.dtype, self.compute_dtype = weight.block_size, weight.dtype, compute_dtype
+        absmax = weight.absmax
+        self.group_size = None if isinstance(absmax, Tensor) else absmax.group_size
+        constants = (absmax,) if self.group_size is None else (absmax.codes, absmax.scales, absmax.offset)
+        self.names = ("packed", *(("absmax",) if self.group_size is None else ("codes", "scales", "offset")))
+        for name, tensor in zip(self.names, (weight.packed, *constants), strict=True):
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype = torch.bfloat16,
+    ) -> "NF4Linear":
+        """The same layer with its weight in NF4, in the same mode; the bias is shared, and frozen.
+
+        A layer on the meta device gives one on the meta device, to load a state dict into with assign=True.
+        Raises TypeError: not a plain nn.Linear with a float weight; ValueError: numbers that are not finite.
+        """
+        check_linear(linear, block_size)
+        if linear.weight.is_meta:
+            weight = _shapes_alone(linear.weight, block_size, double_quant)
+        else:
+            weight = quantize_nf4(linear.weight, block_size)
+            weight = double_quantize(weight) if double_quant else weight
+        return cls(weight, linear.bias, compute_dtype).train(linear.training)
+
+    @property
+    def weight(self) -> NF4Weight:
+        """The weight as `nf4` knows it, made of the layer's own tensors; nothing is copied."""
+        return self.assemble(*[getattr(self, name) for name in self.names])
+
+    def assemble(self, packed: Tensor, *constants: Tensor) -> NF4Weight:
+        """An NF4Weight of this layer's shape from its tensors."""
+        absmax = constants[0] if self.group_size is None else QuantizedAbsmax(*constants, self.group_size)
+        shape = torch.Size((self.out_features, self.in_features))
+        return NF4Weight(packed, absmax, shape, self.dtype, self.block_size)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if not x.is_floating_point():
+            raise TypeError(f"a linear layer takes floats, got {x.dtype}")
+        stored = [getattr(self, name) for name in self.names]
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return _DequantizeAndMultiply.apply(x.to(self.compute_dtype), bias, self, *stored).to(x.dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves buffers as any module does, but a cast to another dtype leaves them as they are."""
+        before = {name: getattr(self, name) for name in self.names}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def get_extra_state(self) -> Int[Tensor, "4"]:
+        """[out, in, block size, group size or 0], which goes with the buffers into a state dict."""
+        form = (self.out_features, self.in_features, self.block_size, self.group_size or 0)
+        return torch.tensor(form, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing is left to set: a state dict of another form is refused before."""
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """As any module, but tensors of another form or dtype are refused, not cast: nothing is loaded then.
+
+        A transposed weight has as many packed bytes, and other blocks may have as many constants.
+        """
+        form = state_dict.get(f"{prefix}_extra_state")
+        mine = self.get_extra_state().tolist()
+        wrong = []
+        if form is not None and form.tolist() != mine:
+            order = "[out, in, block size, group size or 0]"
+            wrong.append(f"{prefix[:-1]}: the NF4 weight is of the form {form.tolist()}, not {mine} {order}")
+        for name in self.names:
+            got, own = state_dict.get(prefix + name), getattr(self, name)
+            if got is not None and (got.dtype, got.shape) != (own.dtype, own.shape):
+                wrong.append(
+                    f"{prefix}{name} must be {own.dtype} {list(own.shape)}, "
+                    f"got {got.dtype} {list(got.shape)}: quantized bytes and constants are never cast"
+                )
+        errors.extend(wrong)
+        if not wrong:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        kind = "double quantization" if self.group_size else "plain absmax"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, block_size={self.block_size}, {kind}, {self.compute_dtype}"
+        )
+
+
+def quantize_base(
+    model: nn.Module,
+    targets: list[str] | str = "all-linear",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 64,
+) -> list[str]:
+    """Put an NF4Linear in the place of every target of a model, one at a time; returns the names.
+
+    `targets` means what it means to `add_lora`; embeddings, norms and the LM head stay. All weights are
+    checked before the first is replaced. Quantize first, then adapt: QLoRA is `add_lora` on the result.
+
+    Raises ValueError: a base quantized already, adapters on the model, no such target, numbers that are not
+    finite; TypeError: a target without a plain float weight. The model is unchanged then. Chapter 10.
+    """
+    if lora_layers(model):
+        raise ValueError("the model carries adapters already: quantize its base first, then add_lora")
+    names = find_targets(model, targets)
+    for name in names:
+        naming(name, check_linear, model.get_submodule(name), block_size)
+    for name in names:
+        linear = model.get_submodule(name)
+        model.set_submodule(name, NF4Linear.from_linear(linear, block_size, double_quant, compute_dtype))
+    return names
+
+
+def check_linear(linear: nn.Module, block_size: int = 64) -> None:
+    """Raise what `NF4Linear.from_linear` says it raises, and change nothing."""
+    weight = getattr(linear, "weight", None)
+    if isinstance(linear, NF4Linear) or hasattr(weight, "quant_state"):
+        raise ValueError(f"the weight of this {type(linear).__name__} is quantized already")
+    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    if not plain or type(weight) is not nn.Parameter:
+        raise TypeError(f"can quantize an nn.Linear with a plain float weight, got {type(linear).__name__}")
+    check_input(weight.new_empty(0, device="cpu") if weight.is_meta else weight, block_size)
+
+
+def check_weight(weight: NF4Weight, bias: Tensor | None, compute_dtype: torch.dtype) -> None:
+    """Raise what `NF4Linear` says it raises of these arguments."""
+    if not isinstance(weight, NF4Weight) or not isinstance(weight.absmax, Tensor | QuantizedAbsmax):
+        raise TypeError(f"NF4Linear takes what quantize_nf4 or double_quantize returns, got {weight!r:.80}")
+    if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
+        raise TypeError(f"compute_dtype must be a float dtype of torch, got {compute_dtype!r}")
+    if len(weight.shape) != 2:
+        raise ValueError(f"the weight of a linear layer is [out, in], got shape {list(weight.shape)}")
+    count, absmax = weight.shape.numel(), weight.absmax
+    blocks = len(absmax if isinstance(absmax, Tensor) else absmax.codes)
+    if (len(weight.packed), blocks) != (-(-count // 2), -(-count // weight.block_size)):
+        raise ValueError(
+            f"{count} elements in blocks of {weight.block_size} have {-(-count // 2)} packed bytes and "
+            f"{-(-count // weight.block_size)} absmax values, got {len(weight.packed)} and {blocks}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _shapes_alone(weight: Tensor, block_size: int, double_quant: bool, group_size: int = 256) -> NF4Weight:
+    """What quantizing a weight [out, in] gives, without its numbers: all on the meta device."""
+
+    def empty(*size, dtype=torch.float32):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    blocks = -(-weight.numel() // block_size)
+    absmax = empty(blocks)
+    if double_quant:
+        codes, scales = empty(blocks, dtype=torch.uint8), empty(-(-blocks // group_size))
+        absmax = QuantizedAbsmax(codes, scales, empty(()), group_size)
+    packed = empty(-(-weight.numel() // 2), dtype=torch.uint8)
+    return NF4Weight(packed, absmax, weight.shape, weight.dtype, block_size)
+
+
+def _without_autocast(x: Tensor):
+    """A context in which products keep the dtype of their factors; meta tensors know no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

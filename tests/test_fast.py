@@ -1,0 +1,559 @@
+"""fast: the bits of the plain paths, whatever the shape; no compiler, no harm; Triton in its interpreter."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora2qlora import fast, nf4, optimizers
+from lora2qlora.adapters import add_lora
+from lora2qlora.double_quantization import double_quantize, dynamic_codebook
+from lora2qlora.lora import LoRALinear
+from lora2qlora.nf4 import nf4_codebook
+from lora2qlora.qlora import NF4Linear, quantize_base
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+seeds = st.integers(0, 2**16)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_bits(a, b):
+    """Equal to the last bit, 0.0 and -0.0 told apart."""
+    as_int = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.itemsize]
+    return a.dtype == b.dtype and torch.equal(a.view(as_int), b.view(as_int))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """These tests are about the compiled path; what happens without one is tested by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if fast._library() is None:
+            pytest.skip("needs a C++ compiler")
+
+
+def assert_same_weight(w, block_size):
+    ours, plain = fast.quantize_nf4(w, block_size), nf4.quantize_nf4(w, block_size)
+    assert torch.equal(ours.packed, plain.packed)
+    assert same_bits(ours.absmax, plain.absmax)
+    assert (ours.shape, ours.dtype, ours.block_size) == (plain.shape, plain.dtype, plain.block_size)
+    for q in (plain, double_quantize(plain)):
+        for dtype in DTYPES:
+            assert same_bits(fast.dequantize_nf4(q, dtype), nf4.dequantize_nf4(q, dtype)), dtype
+
+
+# The same bits.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_blocks_and_dtypes(dtype):
+    for seed, shape in enumerate([(64, 64), (100, 48), (2, 3, 128), (3, 7), (1,), (63,), (), (0,), (4097,)]):
+        for block_size in (1, 2, 6, 16, 30, 32, 64, 100, 4096):
+            assert_same_weight(normal(*shape, seed=seed, dtype=dtype), block_size)
+
+
+def test_a_weight_shared_out_among_threads():
+    assert_same_weight(normal(1023, 1025), 64)  # odd, and above the size from which threads help
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 400),
+    st.sampled_from([2, 10, 32, 64, 96]),
+    st.sampled_from(DTYPES),
+    st.floats(-149, 119),  # above, the mean of many absmax values may overflow
+    st.sampled_from(["normal", "ties", "zeros", "few"]),
+    seeds,
+)
+def test_any_numbers(count, block_size, dtype, exponent, kind, seed):
+    """Subnormal and huge ones, blocks of zeros, and numbers on the midpoints between two codes."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(count, generator=generator)
+    if kind == "ties":
+        middle = (nf4_codebook()[:-1] + nf4_codebook()[1:]) / 2
+        near = torch.cat([middle, middle.nextafter(torch.tensor(2.0)), middle.nextafter(torch.tensor(-2.0))])
+        w = near[torch.randint(len(near), (count,), generator=generator)]
+        w[::block_size] = 1
+        exponent = round(exponent)
+    if kind == "zeros":
+        w = torch.where(torch.rand(count, generator=generator) < 0.9, w * -0.0, w)
+    if kind == "few":
+        w = torch.randint(-2, 3, (count,), generator=generator).float()
+    w = w / w.abs().max().clamp(min=1) * 2.0**exponent
+    largest = torch.finfo(dtype).max
+    assert_same_weight(w.clamp(-largest, largest).to(dtype), block_size)
+
+
+def test_a_partial_block_is_divided_and_a_whole_one_multiplied():
+    """Both rules of the plain path, where they give different codes: on midpoints times any scale."""
+    middle, differ = (nf4_codebook()[:-1] + nf4_codebook()[1:]) / 2, 0
+    for seed in range(40):
+        s = 1 + torch.rand(1, generator=torch.Generator().manual_seed(seed))
+        x = torch.cat([s, *[(middle * s).nextafter(torch.tensor(toward)) for toward in (9.0, 0.0, -9.0)]])
+        differ += not torch.equal(torch.bucketize(x * (1 / s), middle), torch.bucketize(x / s, middle))
+        assert len(x) == 46
+        for block_size in (46, 64):
+            assert_same_weight(x, block_size)
+    assert differ > 10
+
+
+def test_the_numbers_meet_what_they_are_for():
+    """Blocks below 1e-38, where the divisor is cut off, and a reciprocal that is subnormal."""
+    tiny, huge = torch.full((64,), 1e-40), torch.full((64,), 3e38)
+    assert fast.quantize_nf4(tiny).absmax.item() > 0
+    assert 0 < 1 / fast.quantize_nf4(huge).absmax.item() < 1.2e-38
+    for w in (tiny, huge, tiny * torch.linspace(-1, 1, 64)):
+        assert_same_weight(w, 64)
+
+
+def test_small_numbers_are_not_flushed_to_zero_afterwards():
+    """A library built to relax arithmetic may switch that on for the whole process as it is loaded."""
+    fast.quantize_nf4(normal(64))
+    assert (torch.full((32,), 1e-40) * 0.5).ne(0).all()
+
+
+def test_views_and_parameters():
+    w = normal(48, 40)
+    for view in (w.T, w[:, ::3], w[5:9, 3:7], w[:1].expand(7, 40)):
+        assert torch.equal(fast.quantize_nf4(view).packed, nf4.quantize_nf4(view).packed)
+    q = fast.quantize_nf4(nn.Parameter(w))
+    assert not fast.dequantize_nf4(q).requires_grad
+
+
+def test_an_absmax_of_another_kind():
+    class Twice:
+        nbytes = 0
+
+        def __init__(self, absmax):
+            self.absmax = absmax
+
+        def dequantize(self):
+            return 2 * self.absmax
+
+    q = nf4.quantize_nf4(normal(10, 64))
+    assert torch.equal(fast.dequantize_nf4(replace(q, absmax=Twice(q.absmax))), 2 * nf4.dequantize_nf4(q))
+
+
+def test_a_nan_among_the_absmax_stays_one():
+    q = nf4.quantize_nf4(torch.ones(2, 64, dtype=torch.bfloat16))
+    q.absmax[0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounded up, it would be 0
+    assert fast.dequantize_nf4(q)[0].isnan().all()
+    assert (fast.dequantize_nf4(q)[1] == 1).all()
+
+
+# Bad input: what the plain path says.
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 63, 99])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_are_not_finite(bad, place, dtype):
+    w = normal(100, dtype=dtype)
+    w[place] = bad
+    with pytest.raises(ValueError, match=re.escape(f"1 of 100 numbers are not finite, the first is {bad}")):
+        fast.quantize_nf4(w)
+
+
+@pytest.mark.parametrize(
+    ("w", "block_size", "error"),
+    [
+        (torch.ones(4, dtype=torch.float64), 64, TypeError),
+        ([1.0, 2.0], 64, TypeError),
+        (torch.ones(4), 0, ValueError),
+        (torch.ones(4), 64.0, ValueError),
+        (torch.ones(4), True, ValueError),
+    ],
+)
+def test_arguments_that_do_not_fit(w, block_size, error):
+    with pytest.raises(error) as plain:
+        nf4.quantize_nf4(w, block_size)
+    with pytest.raises(error, match=re.escape(str(plain.value))):
+        fast.quantize_nf4(w, block_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"out": torch.empty(3, 3)}, ValueError),
+        ({"out": torch.empty(128, 10).T}, ValueError),
+        ({"out": torch.empty(10, 128), "dtype": torch.bfloat16}, ValueError),
+        ({"dtype": torch.int32}, TypeError),
+    ],
+)
+def test_buffers_that_do_not_fit(options, error):
+    q = nf4.quantize_nf4(normal(10, 128))
+    with pytest.raises(error) as plain:
+        nf4.dequantize_nf4(q, **options)
+    with pytest.raises(error, match=re.escape(str(plain.value))):
+        fast.dequantize_nf4(q, **options)
+
+
+@pytest.mark.parametrize("name", ["packed", "absmax"])
+def test_a_weight_cut_short_is_not_read_beyond_its_end(name):
+    q = nf4.quantize_nf4(normal(10, 128))
+    cut = replace(q, **{name: getattr(q, name)[:3]})
+    with pytest.raises((RuntimeError, IndexError)):  # as on the plain path
+        fast.dequantize_nf4(cut)
+
+
+# The buffer, the layer and the model.
+
+
+def test_a_buffer_is_filled_and_returned():
+    q = nf4.quantize_nf4(normal(10, 128))
+    for dtype in DTYPES:
+        out = torch.full((10, 128), 7, dtype=dtype)
+        assert fast.dequantize_nf4(q, out=out) is out
+        assert same_bits(out, nf4.dequantize_nf4(q, dtype))
+
+
+def test_scratch_is_one_piece_of_memory_for_a_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    large, small = (nf4.quantize_nf4(normal(n, 64, seed=n)) for n in (40, 8))
+    first = fast.dequantize_to_scratch(large, torch.float32)
+    again = fast.dequantize_to_scratch(small, torch.bfloat16)
+    assert again.data_ptr() == first.data_ptr()  # no other allocation, and the first is overwritten
+    assert torch.equal(again, nf4.dequantize_nf4(small, torch.bfloat16))
+    assert not torch.equal(first, nf4.dequantize_nf4(large))
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(fast.dequantize_to_scratch, large, torch.float32).result()
+    assert elsewhere.data_ptr() != first.data_ptr()
+
+
+def run(layer, x, grad):
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(grad)
+    return [y, x.grad, *[p.grad for p in layer.parameters() if p.requires_grad]]
+
+
+@pytest.mark.parametrize("compute_dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_fast_layer_computes_the_same_bits(double_quant, compute_dtype):
+    torch.manual_seed(0)
+    options = {"double_quant": double_quant, "compute_dtype": compute_dtype}
+    layer = LoRALinear(NF4Linear.from_linear(nn.Linear(96, 130), **options), 4, 8)
+    nn.init.normal_(layer.lora_B)
+    x, grad = normal(2, 5, 96, seed=1), normal(2, 5, 130, seed=2)
+    plain = run(layer, x, grad)
+    fast.use_fast(layer)
+    for ours, theirs in zip(run(layer, x, grad), plain, strict=True):
+        assert same_bits(ours, theirs)
+
+
+class Net(nn.Module):
+    """Layers of different shapes, one of them used twice, so that they take turns in one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.same, self.down = nn.Linear(64, 96), nn.Linear(96, 96), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.down(self.same(self.same(self.up(x)).relu()))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_whole_model_trains_alike(checkpointed):
+    def losses(is_fast):
+        torch.manual_seed(0)
+        model = Net()
+        quantize_base(model, ["up", "same", "down"])
+        add_lora(model, ["up", "same", "down"], 4, 8)
+        if is_fast:
+            fast.use_fast(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        found = []
+        for seed in range(5):
+            x = normal(7, 64, seed=seed).requires_grad_()
+            y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+            loss = (y - x.detach()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    assert losses(True) == losses(False)
+
+
+def test_evaluation_first_does_not_spoil_training(monkeypatch):
+    monkeypatch.setattr(fast, "_scratch", fast._Scratch())
+    layer = LoRALinear(NF4Linear.from_linear(nn.Linear(64, 64)), 4, 8)
+    fast.use_fast(layer)
+    with torch.inference_mode():
+        layer(normal(3, 64))
+    assert not fast._scratch.memory.is_inference()
+    run(layer, normal(3, 64), normal(3, 64))
+
+
+def test_use_fast_reaches_every_layer_and_needs_one():
+    model = Net()
+    quantize_base(model, ["up", "down"])
+    fast.use_fast(model)
+    fast.use_fast(model)  # twice is once
+    assert model.up.dequantize is model.down.dequantize is fast.dequantize_to_scratch
+    other = Net()
+    quantize_base(other, ["up"])
+    assert other.up.dequantize is nf4.dequantize_nf4  # no other model is touched
+    with pytest.raises(ValueError, match="Linear has no NF4Linear to make fast: quantize_base first"):
+        fast.use_fast(nn.Linear(2, 2))
+
+
+# No compiler, no harm.
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    fast._library.cache_clear()
+    yield monkeypatch
+    fast._library.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["none", "missing", "failing"])
+def test_without_a_compiler_it_says_so_once_and_stays_plain(forgotten, how, tmp_path):
+    forgotten.delenv("CXX", raising=False)
+    reason = "no C++ compiler is on PATH"
+    if how == "none":
+        forgotten.setattr(fast.shutil, "which", lambda name: None)
+    else:
+        compiler = tmp_path / "compiler"
+        if how == "failing":
+            compiler.write_text("#!/bin/sh\necho unknown flag >&2\nexit 1\n")
+            compiler.chmod(0o755)
+        forgotten.setenv("CXX", str(compiler))
+        reason = f"{compiler} could not compile it: " + ("unknown flag" if how == "failing" else "")
+    model = Net()
+    quantize_base(model, ["up"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast.use_fast(model)
+        w = normal(100)
+        q = fast.quantize_nf4(w)
+        assert torch.equal(q.packed, nf4.quantize_nf4(w).packed)
+        assert torch.equal(fast.dequantize_nf4(q), nf4.dequantize_nf4(q))
+        assert torch.equal(fast.dequantize_to_scratch(q, torch.float32), nf4.dequantize_nf4(q))
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == 1
+    assert re.search(f"plain path on the CPU: .*{re.escape(reason)}", said[0])
+    assert model.up.dequantize is nf4.dequantize_nf4
+
+
+def test_it_imports_without_triton_and_compiles_nothing_then():
+    code = """
+        import sys
+        sys.modules["triton"] = None
+        from lora2qlora import fast
+        assert fast.triton is None
+        assert fast._library.cache_info().currsize == 0
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+# 8-bit Adam.
+
+
+@pytest.mark.parametrize("count", [4096, 5001, 40_000])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adam_takes_the_plain_steps(count, decay):
+    """torch's root is not always correctly rounded, and it does not fuse everywhere: last bits differ."""
+    pairs = []
+    for update in (None, fast.adam_step_8bit):
+        parameter = nn.Parameter(normal(count))
+        optimizer = optimizers.AdamW8bit([parameter], lr=1e-2, weight_decay=decay)
+        if update:
+            optimizer.update = update
+        pairs.append((parameter, optimizer))
+    for seed in range(6):
+        grad = normal(count, seed=seed) * normal(count, seed=seed + 100) ** 4
+        if seed == 5:
+            grad[:1024] = 0
+        for parameter, optimizer in pairs:
+            parameter.grad = grad.clone()
+            optimizer.step()
+    (plain, one), (ours, other) = pairs
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    for name in optimizers.STATES:
+        a, b = (o.state[p] for o, p in ((one, plain), (other, ours)))
+        torch.testing.assert_close(a[f"{name}_absmax"], b[f"{name}_absmax"], rtol=1e-5, atol=0)
+        assert (a[name] != b[name]).float().mean() < 1e-3
+
+
+def test_the_search_finds_every_code():
+    from lora2qlora.blockwise import quantize_blockwise
+
+    for codebook in (dynamic_codebook(), optimizers.unsigned_dynamic_codebook(), nf4_codebook()):
+        middle, start = fast._search_tables(tuple(codebook.tolist()))
+        x = torch.cat(
+            [normal(20_000).clamp(-1, 1), middle[:-1], torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1.0])]
+        )
+        x = torch.cat(
+            [x, middle[:-1].nextafter(torch.tensor(2.0)), middle[:-1].nextafter(torch.tensor(-2.0))]
+        )
+        begin = start[(x.view(torch.int32) >> 16).int() & 0xFFFF].long()
+        nearest = quantize_blockwise(torch.cat([torch.ones(1), x]), codebook, len(x) + 1).indices[1:].long()
+        assert (begin <= nearest).all()  # never beyond: the search only walks up
+        assert ((x > middle[nearest]) == False).all()  # noqa: E712
+
+
+def test_adam_hands_over_what_it_does_not_take():
+    for dtype in (torch.bfloat16, torch.float16):
+        plain, ours = (nn.Parameter(normal(5000, dtype=dtype)) for _ in range(2))
+        for p, update in ((plain, None), (ours, fast.adam_step_8bit)):
+            optimizer = optimizers.AdamW8bit([p])
+            if update:
+                optimizer.update = update
+            p.grad = normal(5000, seed=1, dtype=dtype)
+            optimizer.step()
+        assert torch.equal(plain, ours)
+
+
+# Triton, through its interpreter: no GPU is needed.
+
+INTERPRETED = """
+    import torch
+    from lora2qlora import fast, nf4
+    from lora2qlora.double_quantization import double_quantize
+
+    torch.manual_seed(0)
+    for shape in ((64, 64), (100, 48), (33, 7), (63,), (70, 130)):
+        for block_size in (64, 32, 100):
+            plain = nf4.quantize_nf4(torch.randn(shape), block_size)
+            for q in (plain, double_quantize(plain, 16)):
+                for dtype in (torch.float32, torch.float16):
+                    got = fast.dequantize_triton(q, torch.full(shape, 7, dtype=dtype))
+                    assert torch.equal(got, nf4.dequantize_nf4(q, dtype)), (shape, block_size, dtype)
+                got = fast.dequantize_triton(q, torch.empty(shape, dtype=torch.bfloat16))
+                # the interpreter cuts off what a GPU rounds
+                cut = (nf4.dequantize_nf4(q, torch.float32).view(torch.int32) >> 16).to(torch.int16)
+                assert torch.equal(got.view(torch.int16), cut)
+                if len(shape) == 2 and shape[1] % 2 == 0:
+                    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
+                        x = torch.randn(2, 9, shape[1]).to(dtype)
+                        product = x.float() @ nf4.dequantize_nf4(q, dtype).float().T
+                        y = fast.matmul_triton(x, q)
+                        assert y.dtype == dtype and y.shape == product.shape
+                        assert (y.float() - product).norm() < tolerance * product.norm(), (shape, dtype)
+    print("all equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+def test_triton_kernels_in_the_interpreter():
+    command = [sys.executable, "-c", textwrap.dedent(INTERPRETED)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert "all equal" in done.stdout, done.stderr
+
+
+def test_the_fused_product_refuses_what_does_not_fit():
+    q = nf4.quantize_nf4(normal(8, 64))
+    with pytest.raises(ValueError, match=re.escape("x is [3, 60] on cpu, the weight [8, 64] on cpu")):
+        fast.matmul_triton(normal(3, 60), q)
+    with pytest.raises(ValueError, match="even length, got 63 and 64"):
+        fast.matmul_triton(normal(3, 63), nf4.quantize_nf4(normal(8, 63)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_on_a_gpu(dtype):
+    pytest.importorskip("triton")
+    for shape in ((64, 64), (100, 48), (33, 7), (4096, 1024)):
+        plain = nf4.quantize_nf4(normal(*shape).cuda())
+        for q in (plain, double_quantize(plain)):
+            assert same_bits(fast.dequantize_nf4(q, dtype), nf4.dequantize_nf4(q, dtype))
+            if shape[1] % 2 == 0:
+                x = normal(5, shape[1], seed=1).to("cuda", dtype)
+                product = x.float() @ nf4.dequantize_nf4(q, dtype).float().T
+                y = fast.matmul_triton(x, q).float()
+                assert (y - product).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * product.norm()
+
+
+# A floor under the figures of the chapter: make bench.
+
+
+@pytest.fixture(scope="module")
+def speed():
+    from pathlib import Path
+
+    path = Path(__file__).parents[1] / "companion" / "experiments" / "speed.py"
+    spec = importlib.util.spec_from_file_location("speed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def asked(request):
+    """Times are taken when asked for, not in every run of all tests."""
+    if "bench" not in request.config.option.markexpr:
+        pytest.skip("run them with make bench")
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize(("dtype", "floor"), [("float32", 7.0), ("bfloat16", 7.0)])
+def test_quantize_is_fast(asked, speed, dtype, floor):
+    assert speed.time_quantize([4096, 4096], dtype, 15)["speedup"]["fast"] > floor
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize(("dtype", "floor"), [("float32", 1.4), ("bfloat16", 1.4)])
+def test_dequantize_is_fast(asked, speed, dtype, floor):
+    figures = speed.time_dequantize([4096, 4096], dtype, 15)
+    assert figures["speedup"]["fast_buffer"] > floor
+    assert figures["over_raw"]["fast_buffer"] > 0.42
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize(("rows", "floor"), [(16, 1.05), (128, 1.05), (512, 0.8), (2048, 0.7)])
+def test_a_layer_is_fast(asked, speed, rows, floor):
+    figures = speed.time_layer([4096, 4096], rows, 15)
+    assert figures["speedup"]["fast"] > floor
+    if rows == 512:
+        assert figures["time_over_lora"]["fast"] < 1.95
+
+
+@pytest.mark.bench
+def test_adam_is_fast(asked, speed):
+    assert speed.time_adam(16_000_000, 15)["speedup"]["fast"] > 1.4
+
+
+def test_the_experiment_runs_dry_and_resumes(speed, tmp_path, monkeypatch, capsys):
+    from lora2qlora.lab import measured
+
+    monkeypatch.setattr(measured, "RECORDS", tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # compiled in the real run
+    arguments = ["--small", "--rounds", "3", "--parts", "machine", "quantize", "dequantize", "layer", "adam"]
+    speed.main(arguments)
+    records = measured.load("speed")
+    assert [r.configuration["part"] for r in records] == [
+        "machine",
+        *["quantize"] * 2,
+        *["dequantize"] * 2,
+        "layer",
+        "adam",
+    ]
+    for r in records[1:]:
+        assert all(len(times) == 3 for times in r.figures["seconds"].values())
+        assert r.configuration["rounds"] == 3
+    speed.main(arguments)
+    assert len(measured.load("speed")) == len(records)
+    assert capsys.readouterr().out.count("recorded already") == len(records)
+
+
+def test_a_speedup_is_taken_within_a_round(speed):
+    seconds = {"theirs": [2.0, 40.0, 6.0], "ours": [1.0, 10.0, 6.0]}
+    assert speed.speedups(seconds, "theirs") == {"theirs": 1.0, "ours": 2.0}

@@ -1,0 +1,690 @@
+"""qlora: one layer against bitsandbytes and autograd, what is kept for backward, files, casts, refusals."""
+
+import copy
+import gc
+import io
+import logging
+import weakref
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora2qlora import qlora
+from lora2qlora.adapters import (
+    add_lora,
+    count_parameters,
+    find_targets,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
+from lora2qlora.double_quantization import QuantizedAbsmax, double_quantize
+from lora2qlora.lora import LoRALinear, merge
+from lora2qlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from lora2qlora.qlora import NF4Linear, quantize_base
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOKENS = torch.arange(20).reshape(2, 10)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def linear(in_features=128, out_features=96, bias=True, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(in_features, out_features, bias, dtype=dtype)
+
+
+def quantized(*arguments, double_quant=True, compute_dtype=torch.float32, block_size=64, **options):
+    return NF4Linear.from_linear(linear(*arguments, **options), block_size, double_quant, compute_dtype)
+
+
+def dense(layer, dtype=None):
+    """The weight that the layer computes with."""
+    return dequantize_nf4(layer.weight, dtype or layer.compute_dtype)
+
+
+def tiny_llama():
+    """The same small model each time; its widths are multiples of the block size (facts on bitsandbytes)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def to_bitsandbytes(layer, double_quant, compute_dtype):
+    """A Linear4bit with the weight of an nn.Linear; its bias is a copy."""
+    shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    theirs = bnb.nn.Linear4bit(*shape, bias, compute_dtype, double_quant, "nf4")
+    theirs.weight = bnb.nn.Params4bit(
+        layer.weight.detach().clone(), compress_statistics=double_quant, quant_type="nf4", module=theirs
+    )
+    theirs.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), False)
+    theirs.support_avx512bf16_for_cpu = False  # else it repacks at an eval forward, and trains no more
+    return theirs.to("cpu")
+
+
+def stored_by(theirs):
+    """Our layer over the very tensors of a Linear4bit."""
+    state = theirs.weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = QuantizedAbsmax(state.absmax, state.state2.absmax, state.offset, state.state2.blocksize)
+    weight = NF4Weight(theirs.weight.data.view(-1), absmax, torch.Size(state.shape), state.dtype, 64)
+    return NF4Linear(weight, theirs.bias, theirs.compute_dtype)
+
+
+def peft_over(theirs, ours):
+    """PEFT's LoRA over a Linear4bit, with the A and B of ours."""
+    wrapper = nn.Sequential(theirs)
+    wrapper.is_loaded_in_4bit = True
+    model = get_peft_model(wrapper, LoraConfig(r=ours.rank, lora_alpha=ours.alpha, target_modules=["0"]))
+    twin = model.base_model.model[0]
+    twin.lora_A["default"].weight.data.copy_(ours.lora_A)
+    twin.lora_B["default"].weight.data.copy_(ours.lora_B)
+    return twin
+
+
+def gradients(layer, x, upstream):
+    """Output, gradient of x, and gradients of whatever else trains, by name."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(upstream)
+    return y.detach(), x.grad, {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+
+
+# Against bitsandbytes and PEFT.
+
+
+@pytest.mark.parametrize("shape", [(5, 128), (2, 3, 128), (128,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_and_gradients_are_bitsandbytes_bit_for_bit(shape, dtype, bias):
+    base = linear(bias=bias, dtype=dtype)
+    theirs = to_bitsandbytes(base, False, dtype)
+    ours = NF4Linear.from_linear(base, double_quant=False, compute_dtype=dtype)
+    assert torch.equal(ours.packed, theirs.weight.data.view(-1))
+    assert torch.equal(ours.absmax, theirs.weight.quant_state.absmax)
+    x, upstream = normal(*shape, dtype=dtype), normal(*shape[:-1], 96, seed=1, dtype=dtype)
+    (y, grad, _), (their_y, their_grad, _) = (gradients(layer, x, upstream) for layer in (ours, theirs))
+    assert torch.equal(y, their_y)
+    assert torch.equal(grad, their_grad)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_double_quantized_codes_are_bitsandbytes_but_for_a_few():
+    base = linear(1024, 1024, bias=False)
+    theirs = to_bitsandbytes(base, True, torch.float32)
+    ours, state = NF4Linear.from_linear(base, compute_dtype=torch.float32), theirs.weight.quant_state
+    assert torch.equal(ours.packed, theirs.weight.data.view(-1))
+    torch.testing.assert_close(ours.offset, state.offset, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.scales, state.state2.absmax, rtol=1e-5, atol=0)
+    apart = (ours.codes.int() - state.absmax.int()).abs()
+    assert (apart > 0).sum() < 0.005 * apart.numel()
+    back, theirs_back = ours.weight.absmax.dequantize(), stored_by(theirs).weight.absmax.dequantize()
+    assert (back - theirs_back).abs().max() < 0.02 * ours.scales.max()  # one step, or a few beside 0
+    x = normal(7, 1024)
+    assert 0 < (ours(x) - theirs(x)).norm() / ours(x).norm() < 1e-3
+    torch.testing.assert_close(stored_by(theirs)(x), theirs(x), rtol=0, atol=0)  # the codes are all of it
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_with_adapters_it_is_peft_over_bitsandbytes(double_quant):
+    theirs = to_bitsandbytes(linear(), double_quant, torch.float32)
+    ours = LoRALinear(stored_by(theirs), 4, alpha=8)
+    nn.init.normal_(ours.lora_B)
+    twin = peft_over(theirs, ours)
+    x, upstream = normal(6, 128), normal(6, 96, seed=1)
+    (y, grad, own), (their_y, their_grad, their_own) = (gradients(m, x, upstream) for m in (ours, twin))
+    torch.testing.assert_close(y, their_y)
+    torch.testing.assert_close(grad, their_grad)
+    torch.testing.assert_close(own["lora_A"], their_own["lora_A.default.weight"])
+    torch.testing.assert_close(own["lora_B"], their_own["lora_B.default.weight"])
+    assert set(own) == {"lora_A", "lora_B"}
+
+
+def test_bitsandbytes_backward_rounds_to_the_weights_dtype_and_ours_does_not():
+    """Its backward dequantizes to the dtype that the weight had, its forward to the compute dtype."""
+    base = linear(bias=False, dtype=torch.bfloat16)
+    theirs = to_bitsandbytes(base, False, torch.float32)
+    ours = NF4Linear.from_linear(base, double_quant=False, compute_dtype=torch.float32)
+    x, upstream = normal(6, 128), normal(6, 96, seed=1)
+    (y, grad, _), (their_y, their_grad, _) = (gradients(layer, x, upstream) for layer in (ours, theirs))
+    assert torch.equal(y, their_y)
+    torch.testing.assert_close(grad, upstream @ dense(ours), rtol=0, atol=0)
+    assert 1e-4 < (their_grad - grad).norm() / grad.norm() < 1e-2
+
+
+# Against autograd.
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 3), max_size=3),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([16, 64, 4096]),
+)
+def test_any_layer_and_input_agrees_with_autograd(batch, in_features, out_features, bias, double, block):
+    layer = quantized(in_features, out_features, bias, double_quant=double, block_size=block)
+    reference = nn.Linear(in_features, out_features, bias)
+    reference.weight.data = dense(layer)
+    if bias:
+        reference.bias.data = layer.bias.data
+        layer.bias.requires_grad_()
+    x, upstream = normal(*batch, in_features), normal(*batch, out_features, seed=1)
+    y, grad, own = gradients(layer, x, upstream)
+    expected_y, expected_grad, expected_own = gradients(reference, x, upstream)
+    assert y.shape == (*batch, out_features)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(grad, expected_grad)
+    assert own.keys() == ({"bias"} if bias else set())
+    for name, value in own.items():
+        torch.testing.assert_close(value, expected_own[name])
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_gradients_are_those_of_finite_differences(double_quant):
+    layer = quantized(12, 7, double_quant=double_quant, compute_dtype=torch.float64, block_size=8)
+    layer.bias.data, x = layer.bias.data.double(), normal(2, 3, 12, dtype=torch.float64).requires_grad_()
+    bias = layer.bias.requires_grad_()
+
+    def function(x, bias):
+        return torch.func.functional_call(layer, {"bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, bias))
+    assert torch.autograd.gradgradcheck(function, (x, bias))
+
+
+@pytest.mark.parametrize("compute_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_dtype_goes_out_and_comes_back_as_gradient(dtype, compute_dtype):
+    layer = quantized(compute_dtype=compute_dtype)
+    y, grad, _ = gradients(layer, normal(4, 128, dtype=dtype), normal(4, 96, seed=1, dtype=dtype))
+    assert y.dtype == grad.dtype == dtype
+    expected = nn.functional.linear(
+        normal(4, 128, dtype=dtype).to(compute_dtype), dense(layer), layer.bias.to(compute_dtype)
+    )
+    assert torch.equal(y, expected.to(dtype))
+
+
+def test_an_input_without_gradient_gives_an_output_without():
+    layer = quantized()
+    assert not layer(normal(4, 128)).requires_grad
+    layer.bias.requires_grad_()
+    y = layer(normal(4, 128))
+    y.sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((96,), 4.0))
+
+
+@pytest.mark.parametrize("compute_dtype", DTYPES)
+def test_autocast_does_not_change_the_compute_dtype(compute_dtype):
+    layer = quantized(compute_dtype=compute_dtype)
+    x, upstream = normal(4, 128), normal(4, 96, seed=1)
+    expected = gradients(layer, x, upstream)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, grad, _ = gradients(layer, x, upstream)
+    assert y.dtype == grad.dtype == torch.float32
+    assert torch.equal(y, expected[0])
+    assert torch.equal(grad, expected[1])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    layer = LoRALinear(quantized(128, 128), 4, alpha=8)
+    nn.init.normal_(layer.lora_B)
+    x, upstream = normal(4, 128), normal(4, 128, seed=1)
+    plain = gradients(layer, x, upstream)
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    checkpoint(layer, x, use_reentrant=use_reentrant).backward(upstream)
+    assert torch.equal(x.grad, plain[1])
+    assert torch.equal(layer.lora_A.grad, plain[2]["lora_A"])
+    assert torch.equal(layer.lora_B.grad, plain[2]["lora_B"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, on tracing
+def test_it_compiles_without_changing_a_result():
+    layer = LoRALinear(quantized(double_quant=False), 4, alpha=8)
+    nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(layer, backend="aot_eager")
+    x, upstream = normal(4, 128), normal(4, 96, seed=1)
+    plain = gradients(layer, x, upstream)
+    y, grad, own = gradients(compiled, x, upstream)
+    torch.testing.assert_close((y, grad), plain[:2])
+    for name, value in plain[2].items():
+        torch.testing.assert_close(own[f"_orig_mod.{name}"], value)
+
+
+# What is kept for the backward pass.
+
+
+def saved_bytes(function, *owned):
+    """(bytes saved for backward, those of them that are not owned anyway), each storage once."""
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = function()
+    own = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    total = sum(t.untyped_storage().nbytes() for t in saved.values())
+    more = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
+    del result
+    return total, more
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_packed_weight_alone_is_saved_and_the_layer_owns_it(double_quant):
+    layer = quantized(1024, 1024, bias=False, double_quant=double_quant)
+    x = normal(8, 1024).requires_grad_()
+    blocks = 1024 * 1024 // 64
+    constants = blocks + 4 * (blocks // 256) + 4 if double_quant else 4 * blocks
+    assert saved_bytes(lambda: layer(x), *layer.buffers()) == (1024 * 1024 // 2 + constants, 0)
+    naive = saved_bytes(lambda: nn.functional.linear(x, dense(layer)), x, *layer.buffers())
+    assert naive[1] == 4 * 1024 * 1024
+
+
+def test_no_dense_weight_lives_longer_than_its_product():
+    layer, alive, most = quantized(), weakref.WeakSet(), []
+
+    def dequantize(weight, dtype):
+        gc.collect()
+        most.append(len(alive))
+        alive.add(out := dequantize_nf4(weight, dtype))
+        return out
+
+    layer.dequantize = dequantize
+    x = normal(4, 128).requires_grad_()
+    y = layer(x)
+    assert len(alive) == 0
+    y.sum().backward()
+    assert len(alive) == 0
+    assert most == [0, 0]  # one forward, one backward, never two at a time
+
+
+def test_nothing_is_dequantized_backward_where_no_gradient_is_asked_for():
+    layer, calls = quantized(), []
+    layer.dequantize = lambda weight, dtype: calls.append(dtype) or dequantize_nf4(weight, dtype)
+    layer.bias.requires_grad_()
+    layer(normal(4, 128)).sum().backward()
+    assert calls == [torch.float32]
+
+
+def test_another_dequantizer_is_used_in_both_passes_and_goes_with_a_copy():
+    layer = quantized()
+    layer.dequantize = lambda weight, dtype: torch.ones(weight.shape, dtype=dtype)
+    for one in (layer, copy.deepcopy(layer)):
+        y, grad, _ = gradients(one, normal(4, 128), torch.ones(4, 96))
+        torch.testing.assert_close(y, normal(4, 128).sum(1, keepdim=True) + layer.bias)
+        assert torch.equal(grad, torch.full((4, 128), 96.0))
+    assert NF4Linear.dequantize is dequantize_nf4
+
+
+# Casts, moves, copies, files.
+
+
+def tensors_of(layer):
+    return {name: tensor.clone() for name, tensor in layer.named_buffers()}
+
+
+def assert_same(layer, tensors):
+    now = dict(layer.named_buffers())
+    assert now.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert now[name].dtype == tensor.dtype
+        assert torch.equal(now[name], tensor)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.float(),
+        lambda m: m.double(),
+        lambda m: m.bfloat16(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.half().float(),
+        lambda m: nn.Sequential(m).half()[0],
+        lambda m: copy.deepcopy(m).half(),
+    ],
+)
+def test_no_cast_touches_what_is_stored(cast, double_quant):
+    layer = quantized(double_quant=double_quant)
+    before, x = tensors_of(layer), normal(4, 128)
+    bias_free = layer(x) - layer.bias
+    layer = cast(layer)
+    assert_same(layer, before)
+    torch.testing.assert_close(layer(x) - layer.bias.float(), bias_free, atol=1e-3, rtol=1e-3)
+
+
+def test_a_cast_changes_the_bias_as_that_of_any_layer():
+    assert quantized().half().bias.dtype == torch.float16
+    layer = LoRALinear(quantized(), 4, alpha=8).to(torch.bfloat16)
+    assert layer.lora_A.dtype == torch.bfloat16
+    assert layer.base.scales.dtype == layer.base.offset.dtype == torch.float32
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_it_moves_to_meta_and_back_to_what_is_loaded(double_quant):
+    layer = quantized(double_quant=double_quant)
+    state, y = layer.state_dict(), layer(normal(4, 128))
+    away = copy.deepcopy(layer).to("meta", torch.float16)
+    assert {(t.device.type, t.dtype) for t in away.buffers()} == {("meta", t.dtype) for t in layer.buffers()}
+    assert away(torch.empty(5, 128, device="meta")).shape == (5, 96)
+    back = away.to_empty(device="cpu")
+    back.load_state_dict(state)
+    torch.testing.assert_close(back(normal(4, 128)), y, atol=1e-3, rtol=1e-3)  # the bias was float16
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(64, 128), (33, 31)])
+def test_a_meta_layer_has_the_shapes_of_a_real_one(shape, double_quant):
+    real = quantized(*shape, double_quant=double_quant)
+    with torch.device("meta"):
+        empty = NF4Linear.from_linear(nn.Linear(*shape), double_quant=double_quant)
+    for name, tensor in real.named_buffers():
+        other = empty.get_buffer(name)
+        assert (other.shape, other.dtype, other.is_meta) == (tensor.shape, tensor.dtype, True)
+    empty.load_state_dict(real.state_dict(), assign=True)
+    assert_same(empty, tensors_of(real))
+    assert empty.bias is not None
+
+
+@pytest.mark.gpu
+def test_it_moves_to_a_gpu_and_computes_the_same():
+    layer = quantized()
+    expected = gradients(layer, normal(4, 128), normal(4, 96, seed=1))
+    there = copy.deepcopy(layer).cuda()
+    assert {t.device.type for t in there.buffers()} == {"cuda"}
+    y, grad, _ = gradients(there, normal(4, 128).cuda(), normal(4, 96, seed=1).cuda())
+    torch.testing.assert_close(y.cpu(), expected[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(grad.cpu(), expected[1], atol=1e-4, rtol=1e-4)
+    assert_same(there.half().cpu(), tensors_of(layer))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_file_holds_all_that_a_layer_built_the_same_way_needs(tmp_path, bias, double_quant):
+    layer = quantized(bias=bias, double_quant=double_quant)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = quantized(bias=bias, double_quant=double_quant, seed=1)
+    assert not torch.equal(other(normal(4, 128)), layer(normal(4, 128)))
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert_same(other, tensors_of(layer))
+    assert torch.equal(other(normal(4, 128)), layer(normal(4, 128)))
+
+
+def test_a_quantized_model_goes_through_a_file_into_a_skeleton(tmp_path):
+    model = tiny_llama()
+    quantize_base(model, compute_dtype=torch.float32)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    other = tiny_llama()
+    quantize_base(other)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    missing, unexpected = load_model(other, str(tmp_path / "model.safetensors"))
+    assert not missing
+    assert not unexpected
+    with torch.device("meta"):
+        skeleton = tiny_llama()
+        names = quantize_base(skeleton)
+    state = load_file(tmp_path / "model.safetensors")
+    skeleton.load_state_dict(state, strict=False, assign=True)
+    for name in names:
+        assert_same(skeleton.get_submodule(name), tensors_of(model.get_submodule(name)))
+        assert_same(other.get_submodule(name), tensors_of(model.get_submodule(name)))
+
+
+def refused(layer, state, match):
+    """Loading raises, says what, and leaves the layer as it is."""
+    before = tensors_of(layer)
+    with pytest.raises(RuntimeError, match=match):
+        layer.load_state_dict(state)
+    assert_same(layer, before)
+
+
+def test_a_state_dict_of_another_dtype_or_shape_is_refused():
+    layer = quantized()
+    other = quantized(seed=1)
+    for name, dtype in (("packed", torch.float32), ("codes", torch.int8), ("scales", torch.bfloat16)):
+        state = other.state_dict()
+        refused(layer, state | {name: state[name].to(dtype)}, rf"{name} must be .*{dtype}.*never cast")
+    refused(layer, other.state_dict() | {"packed": other.packed[:-1]}, r"packed must be .*\[6144\].*\[6143\]")
+    refused(layer, quantized(96, 128, bias=False).state_dict(), r"form \[128, 96, 64, 256\], not \[96, 128")
+    refused(layer, quantized(block_size=32).state_dict(), r"form \[96, 128, 32, 256\]")
+    refused(layer, quantized(double_quant=False).state_dict(), r"form \[96, 128, 64, 0\]")
+    refused(layer, linear().state_dict(), r"Missing key.*packed(.|\n)*Unexpected key.*weight")
+    without = other.state_dict()
+    del without["_extra_state"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
+        layer.load_state_dict(without)
+
+
+def test_the_name_of_the_layer_stands_in_the_message():
+    model = nn.Sequential(linear(), quantized(96, 128))
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match=r"1\.scales must be torch.float32"):
+        model.load_state_dict(state | {"1.scales": state["1.scales"].half()})
+
+
+def test_it_survives_copies_and_torch_save():
+    layer = quantized()
+    twin = copy.deepcopy(layer)
+    layer.packed.zero_()
+    assert not torch.equal(twin.packed, layer.packed)
+    buffer = io.BytesIO()
+    torch.save(twin, buffer)
+    buffer.seek(0)
+    assert_same(torch.load(buffer, weights_only=False), tensors_of(twin))
+
+
+# A whole model.
+
+
+def test_quantize_base_replaces_what_add_lora_would_adapt():
+    model, reference = tiny_llama(), tiny_llama()
+    names = quantize_base(model, compute_dtype=torch.float32)
+    assert names == find_targets(reference, "all-linear") == add_lora(reference, "all-linear", 4, 8)
+    assert len(names) == 14
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name in names:
+        assert type(model.get_submodule(name)) is NF4Linear
+        original = reference.get_submodule(name).base.weight
+        assert torch.equal(
+            dense(model.get_submodule(name)), dequantize_nf4(double_quantize(quantize_nf4(original)))
+        )
+
+
+def test_parameters_are_counted_as_what_they_stand_for():
+    dense_model, model = tiny_llama(), tiny_llama()
+    quantize_base(model)
+    assert count_parameters(model).total == count_parameters(dense_model).total
+    trained = add_lora(model, "all-linear", 4, 8)
+    add_lora(dense_model, "all-linear", 4, 8)
+    assert count_parameters(model) == count_parameters(dense_model)
+    assert len(trained) == 14
+
+
+def test_options_go_to_the_layers_and_modes_stay():
+    model = nn.Sequential(linear(), linear(96, 64), linear(64, 32))
+    model[0].eval()
+    assert quantize_base(model, ["0", "1"], False, torch.float16, 32) == ["0", "1"]
+    layer = model[0]
+    assert (layer.block_size, layer.group_size, layer.compute_dtype) == (32, None, torch.float16)
+    assert (layer.training, model[1].training) == (False, True)
+    assert type(model[2]) is nn.Linear
+    assert layer.bias is not None
+    assert not layer.bias.requires_grad
+
+
+def test_it_trains_the_adapter_and_nothing_else():
+    model = tiny_llama()
+    quantize_base(model, compute_dtype=torch.float32)
+    add_lora(model, "all-linear", 4, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_peft_reads_our_adapter_over_its_own_quantized_base_and_back(tmp_path):
+    ours, theirs = tiny_llama(), tiny_llama()
+    names = quantize_base(ours, double_quant=False, compute_dtype=torch.float32)
+    add_lora(ours, "all-linear", 4, 8)
+    torch.manual_seed(1)
+    for name in names:
+        nn.init.normal_(ours.get_submodule(name).lora_B, std=0.3)
+    save_adapter(ours, tmp_path)
+    for name in names:
+        theirs.set_submodule(name, to_bitsandbytes(theirs.get_submodule(name), False, torch.float32))
+    theirs.is_loaded_in_4bit = True
+    loaded = PeftModel.from_pretrained(theirs, tmp_path).eval()
+    with torch.no_grad():
+        expected = ours(TOKENS).logits
+        torch.testing.assert_close(loaded(TOKENS).logits, expected)
+        fresh = tiny_llama()
+        quantize_base(fresh, double_quant=False, compute_dtype=torch.float32)
+        assert (fresh(TOKENS).logits - expected).abs().max() > 0.1
+        load_adapter(fresh, tmp_path)
+        assert torch.equal(fresh(TOKENS).logits, expected)
+
+
+def test_merging_into_four_bits_is_refused():
+    model = tiny_llama()
+    quantize_base(model)
+    add_lora(model, ["q_proj"], 4, 8)
+    with pytest.raises(TypeError, match=r"q_proj: merge needs an nn.Linear .* got NF4Linear"):
+        merge_lora(model)
+    with pytest.raises(TypeError, match="got NF4Linear"):
+        merge(LoRALinear(quantized(), 4, 8))
+
+
+# What is refused.
+
+
+def assert_untouched(model, call, error, match):
+    """The call raises, and every module and every weight is as before."""
+    modules, state = dict(model.named_modules()), {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(error, match=match):
+        call(model)
+    assert dict(model.named_modules()) == modules
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7), state[name].nan_to_num(7))
+
+
+def test_weights_that_are_not_finite_leave_the_model_as_it_was():
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
+    match = r"layers\.1\.mlp\.down_proj: 1 of 8192 numbers are not finite.* \[3, 5\]"
+    assert_untouched(model, quantize_base, ValueError, match)
+
+
+def test_quantizing_twice_is_refused():
+    model = tiny_llama()
+    quantize_base(model, ["q_proj"])
+    assert_untouched(model, quantize_base, ValueError, r"q_proj: .*NF4Linear is quantized already")
+    theirs = nn.Sequential(linear(), to_bitsandbytes(linear(96, 64), True, torch.float32))
+    assert_untouched(theirs, quantize_base, ValueError, r"1: .*Linear4bit is quantized already")
+
+
+def test_adapters_first_is_refused_and_so_is_no_target():
+    model = tiny_llama()
+    add_lora(model, ["q_proj"], 4, 8)
+    assert_untouched(model, quantize_base, ValueError, "quantize its base first, then add_lora")
+    model = tiny_llama()
+    assert_untouched(model, lambda m: quantize_base(m, ["query"]), ValueError, "no linear layer .*'query'")
+    assert_untouched(
+        model, lambda m: quantize_base(m, block_size=0), ValueError, "q_proj: block_size must be"
+    )
+
+
+class Doubled(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "got"),
+    [
+        (linear(dtype=torch.float64), "float64"),
+        (nn.utils.parametrizations.weight_norm(linear()), "ParametrizedLinear"),
+        (bnb.nn.Linear8bitLt(64, 64), "Linear8bitLt"),
+        (Doubled(8, 8), "Doubled"),
+        (nn.Conv1d(4, 4, 1), "Conv1d"),
+        (nn.Bilinear(4, 4, 4), "Bilinear"),
+        (None, "NoneType"),
+    ],
+)
+def test_other_layers_are_refused_by_name(layer, got):
+    with pytest.raises(TypeError, match=got):
+        NF4Linear.from_linear(layer)
+
+
+def test_a_layer_is_built_of_parts_that_fit():
+    weight = quantize_nf4(normal(64, 128))
+    for wrong in (normal(64, 128), NF4Weight(weight.packed, "absmax", weight.shape, weight.dtype, 64)):
+        with pytest.raises(TypeError, match="takes what quantize_nf4 or double_quantize returns"):
+            NF4Linear(wrong)
+    for dtype in (torch.int8, "bfloat16", None):
+        with pytest.raises(TypeError, match="compute_dtype must be a float dtype"):
+            NF4Linear(weight, compute_dtype=dtype)
+    with pytest.raises(ValueError, match=r"bias must have shape \[64\], got \[128\]"):
+        NF4Linear(weight, torch.zeros(128))
+    with pytest.raises(ValueError, match=r"\[out, in\], got shape \[8192\]"):
+        NF4Linear(quantize_nf4(normal(8192)))
+    for parts in ((weight.packed[:-1], weight.absmax), (weight.packed, weight.absmax[1:])):
+        with pytest.raises(ValueError, match="have 4096 packed bytes and 128 absmax values, got"):
+            NF4Linear(NF4Weight(*parts, weight.shape, weight.dtype, 64))
+
+
+def test_an_input_that_is_no_float_or_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match=r"takes floats, got torch\.int64"):
+        quantized()(torch.ones(4, 128, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        quantized()(normal(4, 64))
+
+
+def test_a_printed_layer_says_what_it_is():
+    text = repr(LoRALinear(quantized(), 4, alpha=8))
+    assert "in_features=128, out_features=96, bias=True, block_size=64, double quantization" in text
+    assert "plain absmax, torch.bfloat16" in repr(NF4Linear(quantize_nf4(normal(64, 128))))
+    assert qlora.NF4Linear.__doc__.startswith("y = x Ŵᵀ + bias")
