@@ -482,7 +482,7 @@ def test_triton_on_a_gpu(dtype):
                 assert (y - product).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * product.norm()
 
 
-# A floor under the figures of the chapter: make bench.
+# A floor about 30 % below the figures of the chapter: make bench.
 
 
 @pytest.fixture(scope="module")
@@ -504,31 +504,31 @@ def asked(request):
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize(("dtype", "floor"), [("float32", 7.0), ("bfloat16", 7.0)])
+@pytest.mark.parametrize(("dtype", "floor"), [("float32", 21), ("bfloat16", 22)])
 def test_quantize_is_fast(asked, speed, dtype, floor):
     assert speed.time_quantize([4096, 4096], dtype, 15)["speedup"]["fast"] > floor
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize(("dtype", "floor"), [("float32", 1.4), ("bfloat16", 1.4)])
+@pytest.mark.parametrize(("dtype", "floor"), [("float32", 5.0), ("bfloat16", 5.0)])
 def test_dequantize_is_fast(asked, speed, dtype, floor):
     figures = speed.time_dequantize([4096, 4096], dtype, 15)
     assert figures["speedup"]["fast_buffer"] > floor
-    assert figures["over_raw"]["fast_buffer"] > 0.42
+    assert figures["over_raw"]["fast_buffer"] > 0.64
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize(("rows", "floor"), [(16, 1.05), (128, 1.05), (512, 0.8), (2048, 0.7)])
+@pytest.mark.parametrize(("rows", "floor"), [(16, 2.3), (128, 1.25), (512, 0.86), (2048, 0.74)])
 def test_a_layer_is_fast(asked, speed, rows, floor):
     figures = speed.time_layer([4096, 4096], rows, 15)
     assert figures["speedup"]["fast"] > floor
     if rows == 512:
-        assert figures["time_over_lora"]["fast"] < 1.95
+        assert figures["time_over_lora"]["fast"] < 1.35
 
 
 @pytest.mark.bench
 def test_adam_is_fast(asked, speed):
-    assert speed.time_adam(16_000_000, 15)["speedup"]["fast"] > 1.4
+    assert speed.time_adam(16_000_000, 15)["speedup"]["fast"] > 3.1
 
 
 def test_the_experiment_runs_dry_and_resumes(speed, tmp_path, monkeypatch, capsys):

@@ -514,6 +514,7 @@ def test_bytes_of_torchs_adamw_and_a_closed_form():
     held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     assert held == adam_state_bytes([7000, 33], bits=32) == 8 * 7033 + 4 * 2
     assert adam_state_bytes([2**20]) == 2 * 2**20 + 8 * 2**12 + 4
+    assert adam_state_bytes([4096, 4095]) == 2 * 4096 + 8 * 16 + 4 + 8 * 4095 + 4
     with pytest.raises(ValueError, match="8 or 32 bits, got 4"):
         adam_state_bytes([1], bits=4)
 
