@@ -81,3 +81,20 @@ def test_names_are_plain(tmp_path, name):
 def test_records_in_the_package_can_be_read():
     for path in measured.RECORDS.glob("*.jsonl"):
         assert measured.load(path.stem)
+
+
+def test_gpu_records_are_found_by_part_and_job_and_toy_runs_are_left_out(tmp_path):
+    assert measured.on_gpu("speed", directory=tmp_path) == []
+    for part, job, size in (
+        ("speed", "step, 512 tokens", "full"),
+        ("speed", "dequantize", "full"),
+        ("speed", "step, 32 tokens", "toy"),
+        ("memory", "step", "full"),
+    ):
+        measured.record("gpu", {"part": part, "job": job, "size": size}, {}, 0, tmp_path)
+    assert [r.configuration["job"] for r in measured.on_gpu("speed", directory=tmp_path)] == [
+        "step, 512 tokens",
+        "dequantize",
+    ]
+    (found,) = measured.on_gpu("speed", "step", tmp_path)
+    assert found.configuration["job"] == "step, 512 tokens"

@@ -51,6 +51,19 @@ def load(name: str, directory: Path | None = None) -> list[Record]:
     return records
 
 
+def on_gpu(part: str, job: str = "", directory: Path | None = None) -> list[Record]:
+    """Records of a part of companion/experiments/gpu.py at full size whose job's name begins with `job`.
+
+    Oldest first; an empty list where nothing has been measured on a GPU yet.
+    """
+    try:
+        records = load("gpu", directory)
+    except FileNotFoundError:
+        return []
+    wanted = [r for r in records if (r.configuration["part"], r.configuration["size"]) == (part, "full")]
+    return [r for r in wanted if r.configuration["job"].startswith(job)]
+
+
 def record(name: str, configuration: dict, figures: dict, seed: int, directory: Path | None = None) -> Record:
     """Append one run, atomically; a second process waits its turn.
 
