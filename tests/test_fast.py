@@ -510,6 +510,7 @@ def test_quantize_is_fast(asked, speed, dtype, floor):
 
 
 @pytest.mark.bench
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile's own imports
 @pytest.mark.parametrize(("dtype", "floor"), [("float32", 5.0), ("bfloat16", 5.0)])
 def test_dequantize_is_fast(asked, speed, dtype, floor):
     figures = speed.time_dequantize([4096, 4096], dtype, 15)
