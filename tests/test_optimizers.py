@@ -635,3 +635,24 @@ def test_what_a_state_reads_back_as():
         q = BlockwiseQuantized(state[name].view(-1), absmax, p.shape, torch.float32, 256)
         error = (dequantize_blockwise(q, codebook) - other.state[exact][name]).abs() / absmax[:, None]
         assert error.max() <= codebook.diff().max() / 2 * (1 + 1e-5)
+
+
+def test_a_save_that_fails_at_the_last_moment_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    weight = nn.Parameter(torch.randn(5000))
+    optimizer = AdamW8bit([weight])
+    for _ in range(2):
+        weight.grad = torch.randn(5000)
+        optimizer.step()
+        if not path.exists():
+            save_optimizer(optimizer, path)
+            before = path.read_bytes()
+
+    def fail(*paths):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lora2qlora.optimizers.os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_optimizer(optimizer, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
