@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora2qlora import nf4
 from lora2qlora.lab import measured
+from lora2qlora.qlora import NF4Linear
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 EXPERIMENTS = Path(__file__).parents[1] / "companion" / "experiments"
@@ -86,14 +88,10 @@ def test_speed_compares_in_rounds_after_asserting_equality(gpu, tmp_path):
     found = figures(tmp_path)
     assert set(found["dequantize [64, 128]"]) >= {"fast", "plain", "bitsandbytes", "copy"}
     assert found["dequantize [64, 128]"]["moved_bytes"] == 64 * 128 // 2 + 128 + 4 + 4 + 2 * 64 * 128
-    assert set(found["step of 7B, 32 tokens"]) == {
-        "lora",
-        "qlora",
-        "qlora-fast",
-        "qlora-peft",
-        "copy",
-        "matmul",
-    }
+    timed = {"lora", "qlora", "qlora-fast", "qlora-peft", "copy", "matmul"}
+    assert set(found["step of 7B, 32 tokens"]) == timed | {"losses"}
+    losses = found["step of 7B, 32 tokens"]["losses"]
+    assert losses["qlora"] == losses["qlora-fast"] == pytest.approx(losses["qlora-peft"], abs=0.01)
     rates = found["full step of 7B, 32 tokens"]["full"]
     assert rates["tokens_per_second"] == pytest.approx(32 / rates["median"])
 
@@ -106,6 +104,16 @@ def test_a_fast_path_with_other_numbers_is_refused_before_it_is_timed(module, mo
     monkeypatch.setattr(fast, "dequantize_nf4", lambda q, out: right(q, out=out).mul_(2))
     with pytest.raises(ValueError, match="other numbers"):
         speed.dequantize("cpu", "toy", (64, 128))
+    doubled = staticmethod(lambda q, dtype: 2 * nf4.dequantize_nf4(q, dtype))
+    monkeypatch.setattr(fast, "use_fast", lambda model: set_dequantize(model, doubled))
+    with pytest.raises(ValueError, match="another loss"):
+        speed.step_jobs("cpu", "toy", 32)
+
+
+def set_dequantize(model, function) -> None:
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.dequantize = function
 
 
 def test_a_cut_run_goes_on_and_a_failed_job_does_not_cost_the_others(gpu, tmp_path, monkeypatch, capsys):

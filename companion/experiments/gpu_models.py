@@ -7,7 +7,6 @@ and freed before the next is made: a model never exists in 16 bits unless it is 
 import bitsandbytes
 import torch
 from lora2qlora.adapters import add_lora
-from lora2qlora.lab.training import train_every_linear
 from lora2qlora.qlora import NF4Linear
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -40,7 +39,7 @@ def build(
     model = fill(config, device, dtype, quantize)
     model.requires_grad_(False)
     if method == "full":
-        train_every_linear(model)
+        model.requires_grad_(True)
     elif method == "qlora-peft":
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"))
     else:
