@@ -7,7 +7,6 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 # environment.yml is the one list of versions; it is read before anything is installed.
-PINS   := $(shell sed -n 's/^ *- \([A-Za-z0-9_.-]*==[^ \#]*\).*/\1/p' environment.yml)
 MODELS := $(shell sed -n 's/^\# no-deps: //p' environment.yml)
 NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 # No notebook and no test may reach a network.
@@ -20,11 +19,12 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 $(VENV)/.installed: environment.yml
-	@echo "==> environment in $(VENV) (once; about a minute and 2 GB)"
+	@echo "==> environment in $(VENV) (once; about a minute and 3 GB)"
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, \
 	$(PYTHON) is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])'
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: install your system's python3-venv"; exit 1; }
-	@$(BIN)/pip install --disable-pip-version-check --no-compile --progress-bar off $(PINS) \
+	@sed -n 's/^ *- \([A-Za-z0-9_.-]*==.*\)/\1/p' environment.yml > $(VENV)/pins.txt
+	@$(BIN)/pip install --disable-pip-version-check --no-compile --progress-bar off -r $(VENV)/pins.txt \
 	  | sed -u -n -E '/^(Collecting|Installing|Successfully)/p' | cut -c1-100 \
 	  || { echo "installing failed. Is the package index reachable? Try again: make $(MAKECMDGOALS)"; exit 1; }
 	@touch $@

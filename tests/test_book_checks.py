@@ -126,6 +126,7 @@ INSTALLED = {"torch": "2.13.0+cpu", "jupyter-book": "1.0.4.post1", "sphinx": "7.
 INSTALLED |= {"sphinx-exercise": "1.2.1", "sphinxcontrib-bibtex": "2.7.0"}
 NEEDS = {"jupyter-book": ["sphinx>=7", "black; extra == 'lint'"], "sphinx": ["Sphinx-Exercise"]}
 PINS = "".join(f"      - {name}=={version.split('+')[0]}\n" for name, version in INSTALLED.items())
+PINS += "      - elsewhere==1; sys_platform == 'nowhere'\n"
 INSTALLED |= {"a-model": "0.1", "some-weights": "0.2"}
 NO_DEPS = "# no-deps: a-model==0.1 some-weights==0.2\n"
 LAB_MODULE = "from ..lora import LoRALinear\n"
@@ -649,6 +650,11 @@ REPOSITORY_DEFECTS = [
     ),
     ("exact_pins", "a range", text("environment.yml", "      - torch", "      - numpy>=1.26\n      - torch")),
     ("exact_pins", "a bare name", text("environment.yml", "      - torch", "      - numpy\n      - torch")),
+    (
+        "exact_pins",
+        "a range for a platform",
+        text("environment.yml", "      - torch", "      - x>=1; os_name == 'a'\n      - torch"),
+    ),
     ("exact_pins", "twice", text("environment.yml", "      - torch", "      - Torch==2.13.0\n      - torch")),
     ("python_pin", "outside", text("environment.yml", "python=3.11", "python=3.9")),
     ("python_pin", "no version", text("environment.yml", "python=3.11", "python")),
@@ -666,6 +672,11 @@ REPOSITORY_DEFECTS = [
         "pins_are_installed",
         "not installed",
         text("environment.yml", "      - torch", "      - idna==3\n      - torch"),
+    ),
+    (
+        "pins_are_installed",
+        "not installed here",
+        text("environment.yml", "      - torch", "      - idna==3; os_name != 'a'\n      - torch"),
     ),
     ("sphinx_stack_is_pinned", "a part of it", text("environment.yml", "      - sphinx==7.4.7\n", "")),
     ("binder_reads_the_list", "a copy", replaced_link),

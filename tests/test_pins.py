@@ -32,10 +32,20 @@ def entries(root: Path) -> list[str]:
     return [*pip, *(p for line in re.findall(r"^# no-deps: (.+)$", text, re.M) for p in line.split())]
 
 
+def is_exact(entry: str) -> re.Match | None:
+    """Name and version of an entry that is an exact pin, with or without a marker behind a semicolon."""
+    return EXACT.fullmatch(entry.partition(";")[0].strip())
+
+
 def pins(root: Path) -> dict[str, Version]:
-    """Canonical name and version of each entry that is an exact pin."""
-    found = [match for entry in entries(root) if (match := EXACT.fullmatch(entry))]
+    """Canonical name and version of each entry that is an exact pin, and meant for this platform."""
+    found = [match for entry in entries(root) if (match := is_exact(entry)) and is_meant(entry)]
     return {canonicalize_name(match[1]): Version(match[2]) for match in found}
+
+
+def is_meant(entry: str) -> bool:
+    """Whether an entry has no marker, such as `; sys_platform == "linux"`, or one that is true here."""
+    return (marker := Requirement(entry).marker) is None or marker.evaluate()
 
 
 def requirements(root: Path) -> list[Requirement]:
@@ -49,7 +59,7 @@ def requirements(root: Path) -> list[Requirement]:
 def exact_pins(root: Path) -> list[str]:
     """Each entry reads name==version, without a local part such as +cpu, and stands once."""
     listed = entries(root)
-    problems = [f"environment.yml: {e!r} is not name==version" for e in listed if not EXACT.fullmatch(e)]
+    problems = [f"environment.yml: {e!r} is not name==version" for e in listed if not is_exact(e)]
     names = Counter(canonicalize_name(re.split(r"[=<>~!+ \[]", entry)[0]) for entry in listed)
     problems += [f"environment.yml: {name} stands {n} times" for name, n in names.items() if n > 1]
     return problems if names["torch"] else [*problems, "environment.yml: torch is not pinned"]
