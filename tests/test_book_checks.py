@@ -130,6 +130,7 @@ PINS += "      - elsewhere==1; sys_platform == 'nowhere'\n"
 INSTALLED |= {"a-model": "0.1", "some-weights": "0.2"}
 NO_DEPS = "# no-deps: a-model==0.1 some-weights==0.2\n"
 LAB_MODULE = "from ..lora import LoRALinear\n"
+FOLDER, FILES_OF_FOLDER = "companion/lora2qlora/optimizers", test_layout.FOLDERS["optimizers"]
 README = f"""\
 # A book
 
@@ -197,7 +198,12 @@ FILES = {
     "class LoRALinear:\n    svd = truncated_svd\n",
     "companion/lora2qlora/lab/__init__.py": "",
     **{f"companion/lora2qlora/lab/{name}.py": LAB_MODULE for name in test_layout.LAB},
-    **{f"tests/test_{name}.py": "" for name in (*test_layout.LAB, "low_rank", "lora")},
+    f"{FOLDER}/__init__.py": "".join(
+        f"from lora2qlora.optimizers import {name}\n" for name in FILES_OF_FOLDER
+    ),
+    **{f"{FOLDER}/{name}.py": LAB_MODULE + "from . import adam\n" for name in FILES_OF_FOLDER[1:]},
+    f"{FOLDER}/{FILES_OF_FOLDER[0]}.py": LAB_MODULE,
+    **{f"tests/test_{name}.py": "" for name in (*test_layout.LAB, "low_rank", "lora", "optimizers")},
     "_build/html/page.md": "[broken](nowhere.md)",
     "lora2qlora.egg-info/PKG-INFO": "",
 }
@@ -601,6 +607,10 @@ REPOSITORY_DEFECTS = [
     ("package_files", "a module in lab", both(file(f"{PACKAGE}/lab/extra.py"), file("tests/test_extra.py"))),
     ("package_files", "a folder", file(f"{PACKAGE}/kernels/nf4.cu")),
     ("package_files", "lab is not whole", gone(f"{PACKAGE}/lab/tasks.py")),
+    ("package_files", "a file in a room", file(f"{FOLDER}/extra.py")),
+    ("package_files", "a room is not whole", gone(f"{FOLDER}/paging.py")),
+    ("package_files", "a room without __init__", gone(f"{FOLDER}/__init__.py")),
+    ("package_files", "a room as file and folder", file(f"{FOLDER}.py")),
     (
         "floors",
         "a room below",
@@ -623,7 +633,23 @@ REPOSITORY_DEFECTS = [
         "the package itself",
         text(f"{PACKAGE}/lora.py", "from .low_rank import", "from lora2qlora import"),
     ),
+    ("floors", "a file below", file(f"{FOLDER}/adam.py", "from lora2qlora.optimizers.paging import x\n")),
+    ("floors", "a file below, by name", file(f"{FOLDER}/adam.py", "from . import paging\n")),
+    (
+        "floors",
+        "a file below, in a function",
+        file(f"{FOLDER}/adam.py", "def f():\n    from .paging import x\n"),
+    ),
+    (
+        "floors",
+        "a file's own room",
+        file(f"{FOLDER}/paging.py", "from lora2qlora.optimizers import adam_step\n"),
+    ),
+    ("floors", "a file's own room, whole", file(f"{FOLDER}/paging.py", "import lora2qlora.optimizers\n")),
+    ("floors", "a room below, in a folder", file(f"{FOLDER}/paging.py", "from ..fast import x\n")),
+    ("floors", "lab in a folder", file(f"{FOLDER}/__init__.py", "from ..lab.models import x\n")),
     ("rooms_have_tests", "a room", gone("tests/test_lora.py")),
+    ("rooms_have_tests", "a room that is a folder", gone("tests/test_optimizers.py")),
     ("rooms_have_tests", "a module of lab", gone("tests/test_tasks.py")),
     ("chapters_have_rooms", "a chapter of no plan", second_chapter(stem="21_more")),
     ("chapters_have_rooms", "a wrong number", second_chapter(stem="03_low_rank")),

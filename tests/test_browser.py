@@ -4,6 +4,7 @@ Each check is a function from a visited page to a list of complaints, and an emp
 news. The second half of the file holds every check against a page that is broken on purpose.
 """
 
+import dataclasses
 import functools
 import http.server
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lora2qlora.memory import ADAMW_FUSED, SHAPES, Full, MemoryLedger, QLoRA, training_memory
 from playwright.sync_api import Page, sync_playwright
 from playwright.sync_api import TimeoutError as NoAnswer
 
@@ -270,6 +272,28 @@ def map_marks_wrong(visit: Visit, chapters: list[str]) -> list[str]:
     return found
 
 
+def calculator_disagrees(visit: Visit, ledger: MemoryLedger, card_bytes: int) -> list[str]:
+    """Where "Will it fit?" shows other bytes than the ledger, another answer, or a bar of other lengths."""
+    rows = visit.page.eval_on_selector_all(
+        "#fit-parts tr", "all => all.map(r => r.children[1].textContent.replaceAll(',', ''))"
+    )
+    wanted = [str(value) for value in (*dataclasses.astuple(ledger), ledger.total)]
+    found = [f"the table has {rows}, the ledger {wanted}"] if rows != wanted else []
+    answer = visit.page.text_content("#fit-answer")
+    if answer.startswith("It fits") != (ledger.total <= card_bytes):
+        found.append(f"{answer!r}, for {ledger.total} bytes on a card of {card_bytes}")
+    widths = visit.page.eval_on_selector_all(
+        ".fit-part", "all => all.map(e => e.getBoundingClientRect().width)"
+    )
+    line = visit.page.evaluate(
+        """() => document.querySelector(".fit-card").getBoundingClientRect().left
+            - document.querySelector(".fit-bar").getBoundingClientRect().left"""
+    )
+    if abs(sum(widths) / line / (ledger.total / card_bytes) - 1) > 0.03:  # a pixel or two
+        found.append(f"the bar is {sum(widths):.0f} px long, the card stands at {line:.0f} px")
+    return found
+
+
 def source_has_maths(page: str) -> bool:
     """Whether the prose of a page, its code left out, holds dollar maths."""
     prose = ROOT / f"{page}.md"
@@ -332,6 +356,26 @@ def test_search_finds(browser, book, term):
 def test_map_agrees_with_the_contents(browser, book):
     with visited(browser, book, f"{TOC['root']}.html") as visit:
         assert map_marks_wrong(visit, CHAPTERS) == []
+
+
+def test_will_it_fit_answers(browser, book):
+    """LLaMA-65B on 48 GiB, as the QLoRA paper has it: it fits, and without checkpointing it does not."""
+    chosen = {"model": "LLaMA-65B", "method": "qlora", "card": "48", "optimizer": "AdamW, fused"}
+    shape, card_bytes = SHAPES["LLaMA-65B"], 48 * 2**30
+    with visited(browser, book, "book/will_it_fit.html") as visit:
+        for name, value in chosen.items():
+            visit.page.select_option(f"#fit-{name}", value)
+        visit.page.fill("#fit-rank", "6")  # 2^6
+        for checkpointing in (True, False):
+            visit.page.set_checked("#fit-checkpointing", checkpointing)
+            ledger = training_memory(shape, QLoRA(64), 1, 512, checkpointing, ADAMW_FUSED)
+            assert (ledger.total <= card_bytes) == checkpointing
+            assert calculator_disagrees(visit, ledger, card_bytes) == []
+        visit.page.select_option("#fit-method", "full")
+        assert visit.page.is_disabled("#fit-rank")
+        ledger = training_memory(shape, Full(), 1, 512, False, ADAMW_FUSED)
+        assert calculator_disagrees(visit, ledger, card_bytes) == []
+        assert script_errors(visit) == []
 
 
 # --- Every check, held against a page that is broken on purpose -------------------------------
@@ -442,6 +486,27 @@ def test_wrong_marks_on_the_map_are_caught(browser, tmp_path):
         "the map marks 01_b wrongly (link: 01_b.html)",
         "the map marks 02_c wrongly (link: None)",
     ]
+
+
+def test_a_wrong_calculator_is_caught(browser, tmp_path):
+    body = (
+        '<p id="fit-answer">It fits</p><table><tbody id="fit-parts">{}</tbody></table>'
+        '<div class="fit-bar" style="position: relative; width: 200px">'
+        '<div class="fit-part" style="width: {}px">.</div>'
+        '<div class="fit-card" style="position: absolute; left: 100px">.</div></div>'
+    )
+    rows = "".join(f"<tr><th></th><td>{n}</td></tr>" for n in (5, 0, 0, 0, 0, 0, 0, 0, 5))
+    ledger = MemoryLedger(weights=5)
+    for cells, width, card_bytes, complaint in (
+        (rows, 50, 10, None),
+        (rows.replace("5", "6"), 50, 10, "the table has"),
+        (rows, 125, 4, "It fits"),
+        (rows, 60, 10, "the bar is 60 px long"),
+    ):
+        with visited_page(browser, tmp_path, body.format(cells, width)) as visit:
+            found = calculator_disagrees(visit, ledger, card_bytes)
+        assert len(found) == (complaint is not None)
+        assert not found or complaint in found[0]
 
 
 def test_pages_of_a_table_of_contents():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 from lora2qlora import fast, nf4, optimizers
 from lora2qlora.adapters import add_lora
 from lora2qlora.double_quantization import double_quantize, dynamic_codebook
+from lora2qlora.fast import adam, library, weights
 from lora2qlora.lora import LoRALinear
 from lora2qlora.nf4 import nf4_codebook
 from lora2qlora.qlora import NF4Linear, quantize_base
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +44,7 @@ def compiled():
     """These tests are about the compiled path; what happens without one is tested by itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if fast._library() is None:
+        if library.load_library() is None:
             pytest.skip("needs a C++ compiler")
 
 
@@ -291,13 +294,48 @@ def test_a_whole_model_trains_alike(checkpointed):
     assert losses(True) == losses(False)
 
 
+@pytest.mark.parametrize("dequantize", [nf4.dequantize_nf4, fast.dequantize_nf4])
+def test_autograd_notices_a_buffer_that_was_written_again(dequantize):
+    buffer, x = torch.empty(8, 64), normal(3, 64).requires_grad_()
+    y = x @ dequantize(nf4.quantize_nf4(normal(8, 64)), out=buffer).T
+    dequantize(nf4.quantize_nf4(normal(8, 64, seed=1)), out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        dequantize(nf4.quantize_nf4(normal(8, 64)), out=torch.empty(8, 64, requires_grad=True))
+
+
+def test_second_derivatives_are_refused_where_the_scratch_is_shared():
+    model = Net()
+    quantize_base(model, ["up", "same", "down"], compute_dtype=torch.float32)
+    fast.use_fast(model)
+    x = normal(3, 64).requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grad.square().sum().backward()
+
+
+def test_a_tensor_without_numbers_of_its_own_takes_the_plain_path():
+    w = normal(8, 64)
+    negated = torch._neg_view(w)  # contiguous, and its memory has the other sign
+    assert torch.equal(fast.quantize_nf4(negated).packed, nf4.quantize_nf4(-w).packed)
+    q = nf4.quantize_nf4(w)
+    assert torch.equal(
+        fast.dequantize_nf4(replace(q, absmax=torch._neg_view(-q.absmax))), nf4.dequantize_nf4(q)
+    )
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        fast.quantize_nf4(torch.empty(8, 64))
+
+
 def test_evaluation_first_does_not_spoil_training(monkeypatch):
-    monkeypatch.setattr(fast, "_scratch", fast._Scratch())
+    monkeypatch.setattr(weights, "_scratch", weights._Scratch())
     layer = LoRALinear(NF4Linear.from_linear(nn.Linear(64, 64)), 4, 8)
     fast.use_fast(layer)
     with torch.inference_mode():
         layer(normal(3, 64))
-    assert not fast._scratch.memory.is_inference()
+        q = nf4.quantize_nf4(normal(8, 64))
+        assert torch.equal(fast.dequantize_nf4(q, out=torch.empty(8, 64)), nf4.dequantize_nf4(q))
+    assert not weights._scratch.memory.is_inference()
     run(layer, normal(3, 64), normal(3, 64))
 
 
@@ -319,9 +357,51 @@ def test_use_fast_reaches_every_layer_and_needs_one():
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    fast._library.cache_clear()
+    library.load_library.cache_clear()
     yield monkeypatch
-    fast._library.cache_clear()
+    library.load_library.cache_clear()
+
+
+def compile_for(forgotten, processor):
+    flags = [flag.replace("native", processor) for flag in library.FLAGS]
+    assert f"-march={processor}" in flags
+    forgotten.setattr(library, "FLAGS", flags)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86-64")
+def test_a_processor_with_eight_lanes_computes_the_same(forgotten):
+    compile_for(forgotten, "x86-64-v3")
+    for dtype in DTYPES:
+        test_shapes_blocks_and_dtypes(dtype)
+    test_any_numbers()
+    test_a_partial_block_is_divided_and_a_whole_one_multiplied()
+    test_the_numbers_meet_what_they_are_for()
+    test_adam_takes_the_plain_steps(5001, 0.1)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86-64")
+def test_an_old_processor_stays_plain(forgotten):
+    compile_for(forgotten, "x86-64")
+    with pytest.warns(UserWarning, match="could not compile it: .*needs a processor with AVX2 or AVX-512"):
+        q = fast.quantize_nf4(normal(100))
+    assert same_bits(q.packed, nf4.quantize_nf4(normal(100)).packed)
+
+
+def test_a_compiler_may_be_named_with_options(forgotten, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\n[ "$1" = -pipe ] && exec g++ "$@"\n')
+    compiler.chmod(0o755)
+    forgotten.setenv("CXX", f"{compiler} -pipe")
+    assert library.load_library() is not None
+
+
+def test_without_a_temporary_folder_it_stays_plain(forgotten):
+    def none_usable(*arguments, **options):
+        raise FileNotFoundError("no usable temporary directory")
+
+    forgotten.setattr(library, "TemporaryDirectory", none_usable)
+    with pytest.warns(UserWarning, match="plain path on the CPU: .*no usable temporary directory"):
+        assert library.load_library() is None
 
 
 @pytest.mark.parametrize("how", ["none", "missing", "failing"])
@@ -329,7 +409,7 @@ def test_without_a_compiler_it_says_so_once_and_stays_plain(forgotten, how, tmp_
     forgotten.delenv("CXX", raising=False)
     reason = "no C++ compiler is on PATH"
     if how == "none":
-        forgotten.setattr(fast.shutil, "which", lambda name: None)
+        forgotten.setattr(library.shutil, "which", lambda name: None)
     else:
         compiler = tmp_path / "compiler"
         if how == "failing":
@@ -358,8 +438,8 @@ def test_it_imports_without_triton_and_compiles_nothing_then():
         import sys
         sys.modules["triton"] = None
         from lora2qlora import fast
-        assert fast.triton is None
-        assert fast._library.cache_info().currsize == 0
+        assert fast.weights.triton is None
+        assert fast.library.load_library.cache_info().currsize == 0
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
@@ -397,7 +477,7 @@ def test_the_search_finds_every_code():
     from lora2qlora.blockwise import quantize_blockwise
 
     for codebook in (dynamic_codebook(), optimizers.unsigned_dynamic_codebook(), nf4_codebook()):
-        middle, start = fast._search_tables(tuple(codebook.tolist()))
+        middle, start = adam._search_tables(tuple(codebook.tolist()))
         x = torch.cat(
             [normal(20_000).clamp(-1, 1), middle[:-1], torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1.0])]
         )
@@ -537,18 +617,24 @@ def test_the_experiment_runs_dry_and_resumes(speed, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(measured, "RECORDS", tmp_path)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # compiled in the real run
-    arguments = ["--small", "--rounds", "3", "--parts", "machine", "quantize", "dequantize", "layer", "adam"]
+    parts = ["machine", "quantize", "dequantize", "vectors", "layer", "adam"]
+    arguments = ["--small", "--rounds", "3", "--parts", *parts]
     speed.main(arguments)
     records = measured.load("speed")
     assert [r.configuration["part"] for r in records] == [
         "machine",
         *["quantize"] * 2,
         *["dequantize"] * 2,
+        *["vectors"] * 2,
         "layer",
         "adam",
     ]
     for r in records[1:]:
-        assert all(len(times) == 3 for times in r.figures["seconds"].values())
+        seconds = list(r.figures["seconds"].values())
+        if r.configuration["part"] == "vectors":
+            assert r.figures["over_plain"].keys() == {"quantize", "dequantize"}
+            seconds = [times for pair in seconds for times in pair.values()]
+        assert all(len(times) == 3 for times in seconds)
         assert r.configuration["rounds"] == 3
     speed.main(arguments)
     assert len(measured.load("speed")) == len(records)

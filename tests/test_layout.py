@@ -23,7 +23,16 @@ TOP |= {"Makefile", "LICENSE", "README.md"}
 # A room imports only rooms that stand before it.
 ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora")
 ROOMS += ("memory", "optimizers", "fast")
+# The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
+FOLDERS = {
+    "memory": (
+        "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
+    ),
+    "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
+    "fast": ("inputs", "library", "adam", "triton_kernels", "weights"),
+}  # fmt: skip
 LAB = ("models", "tasks", "training", "measured", "notebook")
+NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
 # Chapter by chapter, the room it is about; None where the book has none.
 CHAPTERS = {
     "00_quickstart": "lab",
@@ -103,13 +112,15 @@ def _tree(readme: str) -> Iterator[str]:
 
 
 def package_files(root: Path) -> list[str]:
-    """The package holds rooms and lab; lab holds its five modules, data and records."""
-    allowed = {
-        _package(root): {f"{name}.py" for name in ROOMS} | {"__init__.py", "lab"},
-        _package(root) / "lab": {f"{name}.py" for name in LAB} | {"__init__.py", "data", "records"},
-    }
-    required = [_package(root) / "__init__.py", _package(root) / "lab" / "__init__.py"]
-    required += [_package(root) / "lab" / f"{name}.py" for name in LAB]
+    """The package holds lab and rooms, as files or as folders; a folder holds its files, and all of them."""
+    package, files = _package(root), {f"{room}.py" for room in ROOMS if room not in FOLDERS}
+    allowed = {package: {"__init__.py", "lab", *FOLDERS, *files}}
+    required = [package / "__init__.py"]
+    for folder, names in {"lab": LAB, **FOLDERS}.items():
+        modules = {f"{name}.py" for name in ("__init__", *names)}
+        allowed[package / folder] = modules | NOT_PYTHON.get(folder, set())
+        if folder == "lab" or (package / folder).exists():
+            required += sorted(package / folder / module for module in modules)
     problems = [f"{path.relative_to(root)}: missing" for path in required if not path.exists()]
     for path in repository_files(root):
         for folder, names in allowed.items():
@@ -119,38 +130,50 @@ def package_files(root: Path) -> list[str]:
 
 
 def floors(root: Path) -> list[str]:
-    """A room imports only rooms above it, and never lab; the package itself never imports lab."""
+    """A room imports only rooms above it, a file in its folder also files before it; nothing imports lab."""
     problems = []
-    for path in sorted(_package(root).glob("*.py")):
-        room = path.stem
-        above = ROOMS if room == "__init__" else ROOMS[: ROOMS.index(room)] if room in ROOMS else ()
-        for name in _imports(path):
-            if name not in above:
+    for place, allowed in _plan():
+        path = _package(root) / f"{place}.py"
+        for name in _imports(root, path) if path.exists() else ():
+            if name not in allowed and name.split(".")[0] not in allowed:
                 problems.append(
-                    f"{path.relative_to(root)}: imports {name or 'the package'}, allowed are {above}"
+                    f"{path.relative_to(root)}: imports {name or 'the package'}, allowed are {allowed}"
                 )
     return problems
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """What a module directly inside lora2qlora imports from lora2qlora: `lora`, `lab`, or ""."""
+def _plan() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every module but those of lab, and what it may import: rooms, and `room.file` of its own folder."""
+    yield "__init__", ROOMS
+    for i, room in enumerate(ROOMS):
+        yield room, ROOMS[:i]
+        files = tuple(f"{room}.{name}" for name in FOLDERS.get(room, ()))
+        for j, file in enumerate(files):
+            yield file.replace(".", "/"), ROOMS[:i] + files[:j]
+        yield f"{room}/__init__", ROOMS[:i] + files
+
+
+def _imports(root: Path, path: Path) -> Iterator[str]:
+    """What a module of lora2qlora imports from lora2qlora: `lora.LoRALinear`, `memory.tape`, `lab`, or ""."""
+    package = path.relative_to(root / "companion").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         dotted = []
         if isinstance(node, ast.Import):
             dotted = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            inside = ["lora2qlora"] if node.level else []
+            inside = package[: len(package) + 1 - node.level] if node.level else ()
             start = ".".join([*inside, *([node.module] if node.module else [])])
             dotted = [f"{start}.{alias.name}" for alias in node.names]
         for name in dotted:
             top, *rest = name.split(".")
             if top == "lora2qlora":
-                yield rest[0] if rest else ""
+                yield ".".join(rest[:2])
 
 
 def rooms_have_tests(root: Path) -> list[str]:
     """Each room and each module of lab has its tests/test_<name>.py."""
     modules = [*_package(root).glob("*.py"), *(_package(root) / "lab").glob("*.py")]
+    modules += [_package(root) / room for room in FOLDERS if (_package(root) / room).exists()]
     return [
         f"tests/test_{module.stem}.py: missing, {module.relative_to(root)} has no test"
         for module in sorted(modules)

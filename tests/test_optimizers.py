@@ -204,7 +204,7 @@ def test_pieces_do_not_show(count, block_size, piece, seed):
     first, second = AdamW8bit([whole], **options), AdamW8bit([cut], **options)
     train(first, whole, grads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora2qlora.optimizers.PIECE", piece)
+        patch.setattr("lora2qlora.optimizers.adam.PIECE", piece)
         train(second, cut, grads)
     assert torch.equal(whole, cut)
     for name, tensor in first.state[whole].items():
@@ -468,7 +468,7 @@ def test_a_file_cut_short_is_refused_and_a_failed_write_keeps_the_old(tmp_path, 
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("lora2qlora.optimizers.save_file", fails)
+    monkeypatch.setattr("lora2qlora.optimizers.state_file.save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         save_optimizer(optimizer, path)
     assert path.read_bytes() == whole
@@ -651,7 +651,7 @@ def test_a_save_that_fails_at_the_last_moment_leaves_the_old_file_and_nothing_el
     def fail(*paths):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora2qlora.optimizers.os.replace", fail)
+    monkeypatch.setattr("lora2qlora.optimizers.state_file.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         save_optimizer(optimizer, path)
     assert path.read_bytes() == before

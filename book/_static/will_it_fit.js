@@ -546,8 +546,8 @@ var WillItFit = (function () {
   var PHASES = ["in the forward pass", "in the backward pass", "while the optimizer steps"];
 
   function find(name) { return document.getElementById("fit-" + name); }
-  function gigabytes(bytes) { return (bytes / 1e9).toFixed(bytes < 99.5e9 ? 1 : 0); }
-  function grouped(number) { return String(number).replace(/\B(?=(\d{3})+$)/g, ","); }
+  function grouped(number) { return String(number).replace(/\B(?=(\d{3})+(\.|$))/g, ","); }
+  function gigabytes(bytes) { return grouped((bytes / 1e9).toFixed(bytes < 99.5e9 ? 1 : 0)); }
 
   function fill(select, names, chosen) {
     names.forEach(function (name) {
@@ -625,7 +625,7 @@ var WillItFit = (function () {
     }
     head.appendChild(document.createTextNode(name));
     line.appendChild(head);
-    [grouped(bytes), (bytes / 1e9).toFixed(2)].forEach(function (text) {
+    [grouped(bytes), grouped((bytes / 1e9).toFixed(2))].forEach(function (text) {
       var cell = document.createElement("td");
       cell.textContent = text;
       line.appendChild(cell);

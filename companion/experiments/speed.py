@@ -29,6 +29,7 @@ from bitsandbytes.cextension import lib
 from lora2qlora import fast, nf4, optimizers
 from lora2qlora.adapters import add_lora
 from lora2qlora.double_quantization import QuantizedAbsmax, double_quantize
+from lora2qlora.fast import library
 from lora2qlora.lab import measured
 from lora2qlora.lab.models import keep_trainable, load_base_model
 from lora2qlora.lora import LoRALinear
@@ -156,6 +157,39 @@ def time_dequantize(shape, dtype, rounds):
         "over_raw": speedups(seconds, "raw"),
         "nested_seconds": nested_seconds,
         "double_quantization_time": 1 / speedups(nested_seconds, "single")["double"],
+    }
+
+
+def vectors_part(rounds: int, shape: list[int]):
+    """The fast path compiled for this processor, and for one that has AVX2 alone, against the plain one."""
+    for processor in ("native", "x86-64-v3"):
+        configuration = {"shape": shape, "dtype": "bfloat16", "processor": processor}
+        yield configuration, lambda p=processor: time_vectors(shape, p, rounds)
+
+
+def time_vectors(shape, processor, rounds):
+    native = library.FLAGS
+    library.FLAGS = [flag.replace("native", processor) for flag in native]
+    library.load_library.cache_clear()
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, out = fast.quantize_nf4(w), torch.empty_like(w)
+    assert torch.equal(q.packed, nf4.quantize_nf4(w).packed)
+    assert torch.equal(fast.dequantize_nf4(q), nf4.dequantize_nf4(q))
+    assert library.load_library() is not None
+    variants = {
+        "quantize": {"plain": lambda: nf4.quantize_nf4(w), "fast": lambda: fast.quantize_nf4(w)},
+        "dequantize": {
+            "plain": lambda: nf4.dequantize_nf4(q, out=out),
+            "fast": lambda: fast.dequantize_nf4(q, out=out),
+        },
+    }
+    seconds = {work: take_turns(pair, rounds) for work, pair in variants.items()}
+    library.FLAGS = native
+    library.load_library.cache_clear()
+    return {
+        "seconds": seconds,
+        "over_plain": {work: speedups(times, "plain")["fast"] for work, times in seconds.items()},
+        "processor_has": torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -438,7 +472,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--small", action="store_true", help="tiny sizes and no real model: a dry run")
-    names = ["machine", "quantize", "dequantize", "layer", "adam", "step", "triton"]
+    names = ["machine", "quantize", "dequantize", "vectors", "layer", "adam", "step", "triton"]
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--weigh", metavar="VARIANT", help="print one variant's peak bytes and stop")
     parser.add_argument("--interpreted", metavar="SHAPES", help="compare the Triton kernels and stop")
@@ -469,6 +503,7 @@ def plan(parts: list[str], rounds: int, small: bool):
         "machine": (machine_part, 64 if small else 4096),
         "quantize": (quantize_part, [[64, 128]] if small else SHAPES),
         "dequantize": (dequantize_part, [[64, 128]] if small else SHAPES),
+        "vectors": (vectors_part, [64, 128] if small else [4096, 4096]),
         "layer": (layer_part, [([64, 128], 2)] if small else LAYERS),
         "adam": (adam_part, 5000 if small else PARAMETERS),
         "step": (step_part, STEP_VARIANTS),

@@ -1,0 +1,36 @@
+"""Where every byte of a training step goes: a ledger that predicts it, and a tracker that measures it.
+
+The ledger goes through the operations of a step of a Llama-like model one by one, as autograd does, and
+keeps count of what is held: a tape of sizes instead of numbers. The measurement counts live storages, or asks
+the CUDA allocator. Chapter 11.
+
+Left out: what the device itself takes (context, kernels, workspaces inside an operation) and what an
+allocator holds in reserve beyond what it handed out.
+"""
+
+from lora2qlora.memory.ledger import COMPONENTS, MemoryLedger, static_memory
+from lora2qlora.memory.methods import (
+    ADAMW,
+    ADAMW_8BIT,
+    ADAMW_32,
+    ADAMW_FOREACH,
+    ADAMW_FUSED,
+    SGD,
+    SGD_MOMENTUM,
+    Full,
+    LoRA,
+    Optimizer,
+    QLoRA,
+)
+from lora2qlora.memory.prediction import PHASES, StepForecast, forecast, training_memory
+from lora2qlora.memory.shape import LINEARS, SHAPES, LlamaShape, shape_of
+from lora2qlora.memory.tracker import PeakReport, storage_bytes, track_peak, track_step
+
+__all__ = [  # noqa: RUF022 (in the order in which one meets them)
+    "LINEARS", "LlamaShape", "SHAPES", "shape_of",
+    "Full", "LoRA", "QLoRA", "Optimizer",
+    "ADAMW", "ADAMW_FOREACH", "ADAMW_FUSED", "ADAMW_32", "ADAMW_8BIT", "SGD", "SGD_MOMENTUM",
+    "MemoryLedger", "COMPONENTS", "static_memory",
+    "PHASES", "StepForecast", "training_memory", "forecast",
+    "storage_bytes", "PeakReport", "track_peak", "track_step",
+]  # fmt: skip

@@ -1,0 +1,111 @@
+"""One training step of a model on a tape: forward, backward, and the optimizer's turn."""
+
+import itertools
+
+from lora2qlora.memory.block import Block
+from lora2qlora.memory.methods import Full, LoRA, Optimizer, QLoRA, trained_tensors
+from lora2qlora.memory.shape import LlamaShape
+from lora2qlora.memory.tape import Checkpoint, Size, Tape
+
+
+class Step:
+    """The operations of one step of `batch` sequences of `length` tokens."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        shape: LlamaShape,
+        method: Full | LoRA | QLoRA,
+        batch: int,
+        length: int,
+        checkpointing: bool,
+    ):
+        self.tape, self.shape, self.method, self.checkpointing = tape, shape, method, checkpointing
+        self.batch, self.length, self.tokens = batch, length, batch * length
+        self.full, self.width = isinstance(method, Full), method.dtype.itemsize
+        self.block = Block(tape, shape, method, self.tokens)
+
+    def forward_and_backward(self) -> None:
+        """Embedding, blocks, norm, head, loss, and back."""
+        tape, shape, n = self.tape, self.shape, self.tokens
+        tape.new(8 * n)  # the token ids
+        # With checkpointing transformers wants a gradient of the embedding's output, frozen or not.
+        embedded = x = tape.new(n * shape.hidden * self.width, needs=self.full or self.checkpointing)
+        positions = tape.new(8 * self.length)
+        angles = [tape.new(self.length * shape.head_dim * self.width, "activations") for _ in range(2)]
+        tape.hold(embedded)
+        pulls = []
+        for _ in range(shape.layers):
+            y, pull = self.checkpointed(x) if self.checkpointing else self.block(x)
+            pulls.append(pull)
+            tape.drop(x)
+            x = y
+        y, pull_norm = self.block.norm(x)
+        tape.drop(x, embedded)
+        if not self.checkpointing:  # nobody will compute a block again
+            tape.drop(positions)
+        gradient, of_head, losses = self.loss(y)
+        gradient = pull_norm(gradient)
+        for pull in reversed(pulls):
+            gradient = pull(gradient)
+        tape.drop(*angles)
+        if self.checkpointing:
+            tape.drop(positions)
+        if self.full:
+            tape.new(shape.vocabulary * shape.hidden * self.width, "gradients")
+            if shape.tied:  # the embedding's gradient, and the head's is added to it
+                tape.drop(of_head)
+        if gradient:
+            tape.drop(gradient)
+        tape.drop(*losses)
+
+    def checkpointed(self, x: Size):
+        """A block that keeps its input alone, and is computed again when its backward pass begins."""
+        tape = self.tape
+        tape.checkpoint = Checkpoint(lambda: self.block(x))
+        y, pull = self.block(x)
+        tape.checkpoint = None
+        kept = tape.hold(x)
+        if kept.kind == "transient":
+            tape.move(kept, "activations")
+
+        def pullback(gradient):
+            gradient = pull(gradient)
+            tape.drop(kept)
+            return gradient
+
+        return y, pullback
+
+    def loss(self, x: Size):
+        """LM head and cross-entropy in float32, forward and backward: gradients of x and of the head."""
+        tape, shape, n = self.tape, self.shape, self.tokens
+        wide, exact = n * shape.vocabulary * self.width, n * shape.vocabulary * 4
+        saved = [tape.save(x)] if self.full else []
+        logits = tape.new(wide, "logits")
+        as_float = tape.cast(logits, exact, "logits", keep=True)
+        padded = tape.new(8 * self.batch * (self.length + 1))
+        labels = tape.new(8 * n) if self.batch > 1 else tape.hold(padded)  # one row lies as it should
+        log_softmax = tape.new(exact, "logits")
+        loss, weights = tape.new(4), tape.new(4)
+        tape.drop(as_float, padded, logits, x)
+        tape.mark()
+        one = tape.new(4)
+        of_loss = tape.new(exact, "logits")
+        tape.drop(labels, weights)
+        of_logits = tape.new(exact, "logits")
+        tape.drop(of_loss, log_softmax)
+        of_logits = tape.cast(of_logits, wide, "logits")
+        of_head = tape.new(shape.vocabulary * shape.hidden * self.width, "gradients") if self.full else None
+        gradient = tape.new(n * shape.hidden * self.width)
+        tape.drop(of_logits)
+        tape.release(*saved)
+        return gradient, of_head, (loss, one)
+
+    def update(self, optimizer: Optimizer) -> None:
+        """The optimizer's turn: what it needs for all parameters at once, or for one after the other."""
+        tape, sizes = self.tape, [size for _, size in trained_tensors(self.shape, self.method)]
+        tape.mark()
+        tape.drop(tape.new(optimizer.all_copies * sum(sizes)))
+        if optimizer.own_copies:
+            for last, size in itertools.pairwise([0, *sizes]):
+                tape.drop(tape.new(last), *[tape.new(size) for _ in range(optimizer.own_copies)])
