@@ -38,7 +38,7 @@ SETTINGS = {
     "batch_size": 8,
     "warmup": 0.1,
 }
-RATES = (2e-3, 7e-4, 6e-3)
+RATES = (2e-3, 7e-4, 6e-3, 4e-3)
 # The recipe itself comes first, then what differs from it in one point.
 MAIN = {"quantization": "nf4", "learning_rate": RATES[0], "labels": "answer", "optim": "paged_adamw_8bit"}
 ARMS = [
@@ -48,6 +48,7 @@ ARMS = [
     MAIN | {"labels": "no end"},
     MAIN | {"optim": "adamw_torch"},
     *(MAIN | {"quantization": q, "learning_rate": rate} for rate in RATES[1:] for q in ("nf4", None)),
+    MAIN | {"labels": "everything", "learning_rate": RATES[2]},
 ]
 
 
