@@ -617,7 +617,7 @@ def test_the_experiment_runs_dry_and_resumes(speed, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(measured, "RECORDS", tmp_path)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # compiled in the real run
-    parts = ["machine", "quantize", "dequantize", "vectors", "layer", "adam"]
+    parts = ["machine", "quantize", "dequantize", "nested", "vectors", "layer", "adam"]
     arguments = ["--small", "--rounds", "3", "--parts", *parts]
     speed.main(arguments)
     records = measured.load("speed")
@@ -625,6 +625,7 @@ def test_the_experiment_runs_dry_and_resumes(speed, tmp_path, monkeypatch, capsy
         "machine",
         *["quantize"] * 2,
         *["dequantize"] * 2,
+        "nested",
         *["vectors"] * 2,
         "layer",
         "adam",

@@ -5,10 +5,12 @@ import gc
 import io
 import logging
 import weakref
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2qlora import qlora
@@ -464,11 +466,12 @@ def test_a_quantized_model_goes_through_a_file_into_a_skeleton(tmp_path):
 
 
 def refused(layer, state, match):
-    """Loading raises, says what, and leaves the layer as it is."""
+    """Loading raises, strict or not, says what, and leaves the layer as it is."""
     before = tensors_of(layer)
-    with pytest.raises(RuntimeError, match=match):
-        layer.load_state_dict(state)
-    assert_same(layer, before)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=match):
+            layer.load_state_dict(state, strict=strict)
+        assert_same(layer, before)
 
 
 def test_a_state_dict_of_another_dtype_or_shape_is_refused():
@@ -478,14 +481,46 @@ def test_a_state_dict_of_another_dtype_or_shape_is_refused():
         state = other.state_dict()
         refused(layer, state | {name: state[name].to(dtype)}, rf"{name} must be .*{dtype}.*never cast")
     refused(layer, other.state_dict() | {"packed": other.packed[:-1]}, r"packed must be .*\[6144\].*\[6143\]")
-    refused(layer, quantized(96, 128, bias=False).state_dict(), r"form \[128, 96, 64, 256\], not \[96, 128")
-    refused(layer, quantized(block_size=32).state_dict(), r"form \[96, 128, 32, 256\]")
-    refused(layer, quantized(double_quant=False).state_dict(), r"form \[96, 128, 64, 0\]")
-    refused(layer, linear().state_dict(), r"Missing key.*packed(.|\n)*Unexpected key.*weight")
-    without = other.state_dict()
-    del without["_extra_state"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
-        layer.load_state_dict(without)
+    transposed = quantized(96, 128, bias=False).state_dict()
+    refused(layer, transposed, r"_extra_state must be \[96, 128, 64, 256\].* got \[128, 96, 64, 256\]: load")
+    refused(layer, quantized(block_size=32).state_dict(), r"got \[96, 128, 32, 256\]")
+    refused(layer, quantized(double_quant=False).state_dict(), r"got \[96, 128, 64, 0\]")
+    refused(layer, other.state_dict() | {"codes": 3}, r"codes must be torch\.uint8 \[192\], got int")
+    with pytest.raises(RuntimeError, match=r"Missing key.*packed(.|\n)*Unexpected key.*weight"):
+        layer.load_state_dict(linear().state_dict())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_tensors_without_their_form_are_refused_before_any_is_loaded(double_quant):
+    layer = quantized(bias=False, double_quant=double_quant)
+    for state in (
+        quantized(*shape, bias=False, double_quant=double_quant, seed=1).state_dict()
+        for shape in ((128, 96), (96, 128))
+    ):
+        del state["_extra_state"]
+        for part in (state, {"packed": state["packed"]}):
+            refused(layer, part, r"_extra_state must be \[96, 128, 64, (256|0)\], .*got None: load the whole")
+
+
+def test_a_state_dict_of_other_layers_leaves_this_one_alone():
+    model = nn.Sequential(linear(), quantized(96, 128))
+    before = tensors_of(model[1])
+    missing, _ = model.load_state_dict({"0.weight": torch.zeros(96, 128)}, strict=False)
+    assert "1.packed" in missing
+    assert "1._extra_state" in missing
+    assert not model[0].weight.any()
+    assert_same(model[1], before)
+
+
+@pytest.mark.parametrize(("double_quant", "name"), [(False, "absmax"), (True, "scales"), (True, "offset")])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_constants_that_are_not_finite_are_not_loaded(double_quant, name, wrong):
+    layer, state = (
+        quantized(double_quant=double_quant),
+        quantized(double_quant=double_quant, seed=1).state_dict(),
+    )
+    state[name].view(-1)[-1] = wrong
+    refused(layer, state, rf"{name} must be torch\.float32 .*, all finite, got {wrong}")
 
 
 def test_the_name_of_the_layer_stands_in_the_message():
@@ -609,6 +644,60 @@ def assert_untouched(model, call, error, match):
         assert torch.equal(tensor.nan_to_num(7), state[name].nan_to_num(7))
 
 
+def test_a_layer_with_two_names_stays_one_layer():
+    model = nn.Sequential(linear(64, 64), nn.Sequential(linear(64, 64)), linear(64, 64))
+    model.append(model[0]).append(model[1])
+    x = normal(4, 64)
+    assert quantize_base(model, ["0"], compute_dtype=torch.float32) == ["0", "1.0"]
+    assert [type(layer) for layer in model[::2]] == [NF4Linear, nn.Linear, nn.Sequential]
+    assert model[3] is model[0]
+    assert model[4][0] is model[1][0]
+    one, inner = model[0], model[1][0]
+    assert (type(one), type(inner)) == (NF4Linear, NF4Linear)
+    torch.testing.assert_close(model(x), inner(one(model[2](inner(one(x))))))
+    assert add_lora(model, ["0"], 4, 8) == ["0", "1.0"]
+    assert model[0].base is model[3]  # as over any base: the adapter stands under the first name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_hooks_are_refused_as_they_would_be_lost(device):
+    ways = {
+        "_forward_hooks": lambda m: m.register_forward_hook(lambda module, x, y: 2 * y),
+        "_forward_pre_hooks": lambda m: m.register_forward_pre_hook(lambda module, x: x),
+        "_backward_hooks": lambda m: m.register_full_backward_hook(lambda module, gx, gy: None),
+        "_backward_pre_hooks": lambda m: m.register_full_backward_pre_hook(lambda module, gy: None),
+        "_state_dict_hooks": lambda m: m._register_state_dict_hook(lambda *arguments: None),
+    }
+    for what, register in ways.items():
+        model = nn.Sequential(linear(), linear(96, 64)).to(device)
+        handle = register(model[1])
+        if device == "cpu":
+            match = rf"1: this Linear carries {what}, which an NF4Linear would lose: remove them"
+            assert_untouched(model, quantize_base, ValueError, match)
+        with pytest.raises(ValueError, match=what):
+            NF4Linear.from_linear(model[1])
+        handle.remove()
+        assert quantize_base(model) == ["0", "1"]
+
+
+def test_hooks_of_accelerate_are_refused_until_they_are_removed():
+    model = nn.Sequential(linear(), linear(96, 64))
+    add_hook_to_module(model[1], AlignDevicesHook(execution_device="cpu"))
+    match = r"1: this Linear carries a forward of its own, .*accelerate's by remove_hook_from_module"
+    assert_untouched(model, quantize_base, ValueError, match)
+    remove_hook_from_module(model, recurse=True)
+    assert quantize_base(model) == ["0", "1"]
+
+
+def test_a_bias_that_is_not_finite_leaves_the_model_as_it_was():
+    model = nn.Sequential(linear(), linear(96, 64))
+    model[1].bias.data[5] = float("nan")
+    match = r"1: its bias: 1 of 64 numbers are not finite, the first is nan at \[5\]"
+    assert_untouched(model, quantize_base, ValueError, match)
+    with pytest.raises(ValueError, match="its bias: 1 of 64"):
+        NF4Linear.from_linear(model[1])
+
+
 def test_weights_that_are_not_finite_leave_the_model_as_it_was():
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
@@ -671,9 +760,53 @@ def test_a_layer_is_built_of_parts_that_fit():
         NF4Linear(weight, torch.zeros(128))
     with pytest.raises(ValueError, match=r"\[out, in\], got shape \[8192\]"):
         NF4Linear(quantize_nf4(normal(8192)))
-    for parts in ((weight.packed[:-1], weight.absmax), (weight.packed, weight.absmax[1:])):
-        with pytest.raises(ValueError, match="have 4096 packed bytes and 128 absmax values, got"):
-            NF4Linear(NF4Weight(*parts, weight.shape, weight.dtype, 64))
+    with pytest.raises(ValueError, match="block_size must be an int of at least 1, got 0"):
+        NF4Linear(replace(weight, block_size=0))
+
+
+@pytest.mark.parametrize(
+    ("double_quant", "name", "change", "got"),
+    [
+        (False, "packed", lambda t: t[:-1], r"torch\.uint8 \[16383\]"),
+        (False, "packed", lambda t: t.view(128, 128), r"torch\.uint8 \[128, 128\]"),
+        (False, "packed", lambda t: t.float(), r"torch\.float32 \[16384\]"),
+        (False, "absmax", lambda t: t[1:], r"torch\.float32 \[511\]"),
+        (False, "absmax", lambda t: t.bfloat16(), r"torch\.bfloat16 \[512\]"),
+        (False, "absmax", lambda t: t * float("nan"), "nan"),
+        (True, "codes", lambda t: t.short(), r"torch\.int16 \[512\]"),
+        (True, "codes", lambda t: t[1:], r"torch\.uint8 \[511\]"),
+        (True, "scales", lambda t: t[1:], r"torch\.float32 \[1\]"),
+        (True, "scales", lambda t: t * float("inf"), "inf"),
+        (True, "offset", lambda t: t[None], r"torch\.float32 \[1\]"),
+        (True, "offset", lambda t: t.item(), "float"),
+    ],
+)
+def test_parts_of_another_dtype_or_length_are_refused(double_quant, name, change, got):
+    weight = quantize_nf4(normal(256, 128))
+    weight = double_quantize(weight) if double_quant else weight
+    absmax = weight.absmax
+    if name in ("packed", "absmax"):
+        wrong = replace(weight, **{name: change(getattr(weight, name))})
+    else:
+        wrong = replace(weight, absmax=replace(absmax, **{name: change(getattr(absmax, name))}))
+    with pytest.raises(ValueError, match=rf"^{name} must be torch\.(uint8|float32) \[.*\].*, got {got}"):
+        NF4Linear(wrong)
+    NF4Linear(weight)
+
+
+@pytest.mark.parametrize("group_size", [0, -1, 2.0, None])
+def test_a_group_of_no_size_is_refused(group_size):
+    weight = double_quantize(quantize_nf4(normal(64, 128)))
+    with pytest.raises(ValueError, match=f"group_size must be an int of at least 1, got {group_size}"):
+        NF4Linear(replace(weight, absmax=replace(weight.absmax, group_size=group_size)))
+
+
+def test_what_is_beyond_the_compute_dtype_becomes_inf_as_in_a_cast():
+    base = linear(bias=False)
+    base.weight.data[3, 5] = 1e5
+    y = NF4Linear.from_linear(base, double_quant=False, compute_dtype=torch.float16)(torch.ones(128))
+    assert y.isinf().nonzero().tolist() == base.weight.half().isinf().any(1).nonzero().tolist() == [[3]]
+    assert NF4Linear.from_linear(base, compute_dtype=torch.bfloat16)(torch.ones(128)).isfinite().all()
 
 
 def test_an_input_that_is_no_float_or_does_not_fit_is_refused():

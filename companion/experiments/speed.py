@@ -46,7 +46,7 @@ LAYER = {"rank": 16, "alpha": 16, "dtype": "bfloat16"}
 # A 7B model's q_proj, whose dense bfloat16 weight has 32 MiB, and one of a model with 1B, with 8 MiB.
 LAYERS = [([size, size], rows) for size in (4096, 2048) for rows in (16, 128, 512, 2048)]
 STEP = {"model": "smollm2-135m", "batch": 4, "length": 128, "rank": 16, "alpha": 16, "dtype": "bfloat16"}
-STEP_VARIANTS = ["peft_bnb", "fast", "plain", "lora"]
+STEP_VARIANTS = ["peft_bnb", "fast", "plain", "lora", "peft_lora"]
 PARAMETERS = 16_000_000
 
 
@@ -158,6 +158,35 @@ def time_dequantize(shape, dtype, rounds):
         "nested_seconds": nested_seconds,
         "double_quantization_time": 1 / speedups(nested_seconds, "single")["double"],
     }
+
+
+def nested_part(rounds: int, shapes: list[list[int]]):
+    """What double quantization costs: bitsandbytes' public call and the fast kernel, with and without it."""
+    for shape in shapes:
+        yield {"shape": shape, "dtype": "bfloat16"}, lambda s=shape: time_nested(s, rounds)
+
+
+def time_nested(shape, rounds):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    theirs = [
+        bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=nested)
+        for nested in (False, True)
+    ]
+    ours, out = [fast.quantize_nf4(w)], torch.empty_like(w)
+    ours.append(double_quantize(ours[0]))
+    variants = {}
+    for name, q, (packed, state) in zip(("single", "double"), ours, theirs, strict=True):
+        variants[f"fast_{name}"] = lambda q=q: fast.dequantize_nf4(q, out=out)
+        variants[f"bitsandbytes_{name}"] = lambda p=packed, s=state: bnb.functional.dequantize_4bit(p, s)
+        expected = nf4.dequantize_nf4(q)
+        assert torch.equal(fast.dequantize_nf4(q), expected)
+        got = bnb.functional.dequantize_4bit(packed, state)
+        assert (got - expected).norm() < 0.01 * expected.norm()  # a few absmax codes differ
+    seconds = take_turns(variants, rounds)
+    ratios = {
+        code: 1 / speedups(seconds, f"{code}_single")[f"{code}_double"] for code in ("fast", "bitsandbytes")
+    }
+    return {"seconds": seconds, "time_over_single": ratios}
 
 
 def vectors_part(rounds: int, shape: list[int]):
@@ -306,15 +335,16 @@ def build_model(variant: str):
     """SmolLM2 in bfloat16 that trains as `variant` says, and its optimizer."""
     nf4_by_theirs = "nf4" if variant == "peft_bnb" else None
     model, _ = load_base_model(STEP["model"], torch.bfloat16, nf4_by_theirs, "cpu")
-    if variant == "peft_bnb":
+    if variant in ("peft_bnb", "peft_lora"):
         config = LoraConfig(r=STEP["rank"], lora_alpha=STEP["alpha"], target_modules="all-linear")
         model = get_peft_model(model, config)
+    if variant == "peft_bnb":
         keep_trainable(model)
     if variant in ("fast", "plain"):
         quantize_base(model)
     if variant == "fast":
         fast.use_fast(model)
-    if variant != "peft_bnb":
+    if not variant.startswith("peft"):
         add_lora(model, "all-linear", STEP["rank"], STEP["alpha"])
     torch.manual_seed(0)
     for name, p in model.named_parameters():
@@ -472,7 +502,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--small", action="store_true", help="tiny sizes and no real model: a dry run")
-    names = ["machine", "quantize", "dequantize", "vectors", "layer", "adam", "step", "triton"]
+    names = ["machine", "quantize", "dequantize", "nested", "vectors", "layer", "adam", "step", "triton"]
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--weigh", metavar="VARIANT", help="print one variant's peak bytes and stop")
     parser.add_argument("--interpreted", metavar="SHAPES", help="compare the Triton kernels and stop")
@@ -503,6 +533,7 @@ def plan(parts: list[str], rounds: int, small: bool):
         "machine": (machine_part, 64 if small else 4096),
         "quantize": (quantize_part, [[64, 128]] if small else SHAPES),
         "dequantize": (dequantize_part, [[64, 128]] if small else SHAPES),
+        "nested": (nested_part, [[64, 128]] if small else [[2048, 2048], [4096, 4096]]),
         "vectors": (vectors_part, [64, 128] if small else [4096, 4096]),
         "layer": (layer_part, [([64, 128], 2)] if small else LAYERS),
         "adam": (adam_part, 5000 if small else PARAMETERS),

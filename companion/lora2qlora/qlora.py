@@ -6,6 +6,7 @@ of the model changes. QLoRA, sections 2 and 3.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora2qlora.adapters import find_targets, lora_layers, naming
-from lora2qlora.blockwise import check_input
+from lora2qlora.blockwise import check_input, check_size
 from lora2qlora.double_quantization import QuantizedAbsmax, double_quantize
 from lora2qlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 
@@ -51,7 +52,8 @@ class NF4Linear(nn.Module):
     them as they are. `dequantize(NF4Weight, dtype) -> [out, in]` may be set to a faster function.
 
     Raises TypeError: no NF4Weight, a dtype that is no float, x that is none; ValueError: a weight that is no
-    matrix, or whose parts do not fit, a bias of another shape. QLoRA, equation 5. Chapter 10.
+    matrix, parts that do not fit or are not finite, a bias of another shape. As in any cast, what is beyond
+    the range of `compute_dtype`, 65,504 for float16, becomes inf. QLoRA, equation 5. Chapter 10.
     """
 
     dequantize: Callable[[NF4Weight, torch.dtype], Tensor] = staticmethod(dequantize_nf4)
@@ -66,11 +68,9 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.block_size, self.dtype, self.compute_dtype = weight.block_size, weight.dtype, compute_dtype
-        absmax = weight.absmax
-        self.group_size = None if isinstance(absmax, Tensor) else absmax.group_size
-        constants = (absmax,) if self.group_size is None else (absmax.codes, absmax.scales, absmax.offset)
-        self.names = ("packed", *(("absmax",) if self.group_size is None else ("codes", "scales", "offset")))
-        for name, tensor in zip(self.names, (weight.packed, *constants), strict=True):
+        self.group_size = getattr(weight.absmax, "group_size", None)
+        self.names = tuple(_stored(weight))
+        for name, tensor in _stored(weight).items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -85,11 +85,11 @@ class NF4Linear(nn.Module):
         """The same layer with its weight in NF4, in the same mode; the bias is shared, and frozen.
 
         A layer on the meta device gives one on the meta device, to load a state dict into with assign=True.
-        Raises TypeError: not a plain nn.Linear with a float weight; ValueError: numbers that are not finite.
+        Raises TypeError: not a plain nn.Linear with a float weight; ValueError: numbers not finite, hooks.
         """
         check_linear(linear, block_size)
         if linear.weight.is_meta:
-            weight = _shapes_alone(linear.weight, block_size, double_quant)
+            weight = _shapes_alone(linear.weight, block_size, 256 if double_quant else None)
         else:
             weight = quantize_nf4(linear.weight, block_size)
             weight = double_quantize(weight) if double_quant else weight
@@ -132,23 +132,20 @@ class NF4Linear(nn.Module):
         """Nothing is left to set: a state dict of another form is refused before."""
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        """As any module, but tensors of another form or dtype are refused, not cast: nothing is loaded then.
+        """As any module, but tensors that do not fit are refused, not cast: nothing is loaded then.
 
-        A transposed weight has as many packed bytes, and other blocks may have as many constants.
+        The form must come with them. A transposed weight has as many packed bytes, and other blocks may
+        have as many constants.
         """
+        got = {name: state_dict[prefix + name] for name in self.names if prefix + name in state_dict}
+        wrong = _misfits(got, _stored(self.weight), prefix)
         form = state_dict.get(f"{prefix}_extra_state")
-        mine = self.get_extra_state().tolist()
-        wrong = []
-        if form is not None and form.tolist() != mine:
-            order = "[out, in, block size, group size or 0]"
-            wrong.append(f"{prefix[:-1]}: the NF4 weight is of the form {form.tolist()}, not {mine} {order}")
-        for name in self.names:
-            got, own = state_dict.get(prefix + name), getattr(self, name)
-            if got is not None and (got.dtype, got.shape) != (own.dtype, own.shape):
-                wrong.append(
-                    f"{prefix}{name} must be {own.dtype} {list(own.shape)}, "
-                    f"got {got.dtype} {list(got.shape)}: quantized bytes and constants are never cast"
-                )
+        form, mine = None if form is None else form.tolist(), self.get_extra_state().tolist()
+        if form != mine and (got or form):
+            wrong.append(
+                f"{prefix}_extra_state must be {mine}, [out, in, block size, group size or 0], got {form}: "
+                "load the whole state dict of a layer of this form"
+            )
         errors.extend(wrong)
         if not wrong:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -171,10 +168,11 @@ def quantize_base(
     """Put an NF4Linear in the place of every target of a model, one at a time; returns the names.
 
     `targets` means what it means to `add_lora`; embeddings, norms and the LM head stay. All weights are
-    checked before the first is replaced. Quantize first, then adapt: QLoRA is `add_lora` on the result.
+    checked before the first is replaced; a layer with several names stays one layer. Quantize first, then
+    adapt: QLoRA is `add_lora` on the result. Chapter 10.
 
-    Raises ValueError: a base quantized already, adapters on the model, no such target, numbers that are not
-    finite; TypeError: a target without a plain float weight. The model is unchanged then. Chapter 10.
+    Raises ValueError: adapters on the model, no such target, or one that is quantized already, has hooks or
+    numbers that are not finite; TypeError: one without a plain float weight. The model is unchanged then.
     """
     if lora_layers(model):
         raise ValueError("the model carries adapters already: quantize its base first, then add_lora")
@@ -183,7 +181,9 @@ def quantize_base(
         naming(name, check_linear, model.get_submodule(name), block_size)
     for name in names:
         linear = model.get_submodule(name)
-        model.set_submodule(name, NF4Linear.from_linear(linear, block_size, double_quant, compute_dtype))
+        layer = NF4Linear.from_linear(linear, block_size, double_quant, compute_dtype)
+        for alias in [n for n, m in model.named_modules(remove_duplicate=False) if m is linear]:
+            model.set_submodule(alias, layer)
     return names
 
 
@@ -195,7 +195,17 @@ def check_linear(linear: nn.Module, block_size: int = 64) -> None:
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
     if not plain or type(weight) is not nn.Parameter:
         raise TypeError(f"can quantize an nn.Linear with a plain float weight, got {type(linear).__name__}")
+    hooks = [name for name, value in vars(linear).items() if name.endswith("_hooks") and value]
+    if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
+        hooks.append("a forward of its own")  # so do accelerate's hooks
+    if hooks:
+        raise ValueError(
+            f"this {type(linear).__name__} carries {', '.join(hooks)}, which an NF4Linear would lose: remove "
+            "them (accelerate's by remove_hook_from_module), quantize, and put hooks on the NF4Linear"
+        )
     check_input(weight.new_empty(0, device="cpu") if weight.is_meta else weight, block_size)
+    if linear.bias is not None and not linear.bias.is_meta:
+        naming("its bias", check_input, linear.bias, block_size)
 
 
 def check_weight(weight: NF4Weight, bias: Tensor | None, compute_dtype: torch.dtype) -> None:
@@ -206,29 +216,50 @@ def check_weight(weight: NF4Weight, bias: Tensor | None, compute_dtype: torch.dt
         raise TypeError(f"compute_dtype must be a float dtype of torch, got {compute_dtype!r}")
     if len(weight.shape) != 2:
         raise ValueError(f"the weight of a linear layer is [out, in], got shape {list(weight.shape)}")
-    count, absmax = weight.shape.numel(), weight.absmax
-    blocks = len(absmax if isinstance(absmax, Tensor) else absmax.codes)
-    if (len(weight.packed), blocks) != (-(-count // 2), -(-count // weight.block_size)):
-        raise ValueError(
-            f"{count} elements in blocks of {weight.block_size} have {-(-count // 2)} packed bytes and "
-            f"{-(-count // weight.block_size)} absmax values, got {len(weight.packed)} and {blocks}"
-        )
+    check_size("block_size", weight.block_size)
+    group_size = getattr(weight.absmax, "group_size", None)
+    if isinstance(weight.absmax, QuantizedAbsmax):
+        check_size("group_size", group_size)
+    fitting = _shapes_alone(weight, weight.block_size, group_size)
+    if wrong := _misfits(_stored(weight), _stored(fitting)):
+        raise ValueError("; ".join(wrong))
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"the bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
 
 
-def _shapes_alone(weight: Tensor, block_size: int, double_quant: bool, group_size: int = 256) -> NF4Weight:
+def _stored(weight: NF4Weight) -> dict[str, Tensor]:
+    """The tensors of a weight, by the names that they have as buffers of a layer."""
+    absmax = weight.absmax
+    constants = {"absmax": absmax}
+    if isinstance(absmax, QuantizedAbsmax):
+        constants = {name: getattr(absmax, name) for name in ("codes", "scales", "offset")}
+    return {"packed": weight.packed, **constants}
+
+
+def _misfits(got: dict[str, Tensor], own: dict[str, Tensor], prefix: str = "") -> list[str]:
+    """What is wrong with tensors that are to be stored in the place of `own`, by name."""
+    wrong = []
+    for name, tensor in got.items():
+        expected = f"{prefix}{name} must be {own[name].dtype} {list(own[name].shape)}"
+        if not isinstance(tensor, Tensor):
+            wrong.append(f"{expected}, got {type(tensor).__name__}")
+        elif (tensor.dtype, tensor.shape) != (own[name].dtype, own[name].shape):
+            got_form = f"{tensor.dtype} {list(tensor.shape)}"
+            wrong.append(f"{expected}, got {got_form}: quantized bytes and constants are never cast")
+        elif tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            wrong.append(f"{expected}, all finite, got {tensor[~tensor.isfinite()][0].item()}")
+    return wrong
+
+
+def _shapes_alone(weight: Tensor | NF4Weight, block_size: int, group_size: int | None) -> NF4Weight:
     """What quantizing a weight [out, in] gives, without its numbers: all on the meta device."""
-
-    def empty(*size, dtype=torch.float32):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    blocks = -(-weight.numel() // block_size)
+    empty, count = partial(torch.empty, dtype=torch.float32, device="meta"), weight.shape.numel()
+    blocks = -(-count // block_size)
     absmax = empty(blocks)
-    if double_quant:
+    if group_size is not None:
         codes, scales = empty(blocks, dtype=torch.uint8), empty(-(-blocks // group_size))
         absmax = QuantizedAbsmax(codes, scales, empty(()), group_size)
-    packed = empty(-(-weight.numel() // 2), dtype=torch.uint8)
+    packed = empty(-(-count // 2), dtype=torch.uint8)
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, block_size)
 
 
