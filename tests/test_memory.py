@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2qlora.adapters import add_lora, count_parameters
 from lora2qlora.double_quantization import bits_per_parameter
+from lora2qlora.lora import LoRALinear
 from lora2qlora.memory import (
     ADAMW,
     ADAMW_8BIT,
@@ -36,9 +37,10 @@ from lora2qlora.memory import (
     track_step,
     training_memory,
 )
+from lora2qlora.memory.shape import FAMILIES
 from lora2qlora.qlora import NF4Linear, quantize_base
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TINY = LlamaShape(64, 2, 4, 176, 500, kv_heads=2)
@@ -384,6 +386,18 @@ def test_the_ledger_on_a_gpu():
         (lambda: LlamaShape(0, 1, 1, 1, 1), ValueError, "hidden must be an int of at least 1, got 0"),
         (lambda: LlamaShape(64, 1, 6, 1, 1), ValueError, "heads must divide hidden"),
         (lambda: LlamaShape(64, 1, 4, 1, 1, kv_heads=3), ValueError, "kv_heads divide heads"),
+        (lambda: LlamaShape(62, 1, 2, 1, 1), ValueError, "heads of an even size, got 31"),
+        (lambda: LlamaShape(64, 1, 2, 1, 1, head_size=31), ValueError, "heads of an even size, got 31"),
+        (lambda: LlamaShape(64, 1, 2, 1, 1, tied="no"), TypeError, "tied must be True or False, got 'no'"),
+        (lambda: Full(torch.int8), TypeError, r"^dtype must be one of .*float32.* got torch.int8"),
+        (lambda: LoRA(dtype=torch.int8), TypeError, r"^dtype must be one of .* got torch.int8"),
+        (lambda: LoRA(adapter_dtype=torch.uint8), TypeError, r"adapter_dtype must be .* got torch.uint8"),
+        (lambda: QLoRA(dtype=torch.int8), TypeError, r"^dtype must be one of .* got torch.int8"),
+        (lambda: QLoRA(compute_dtype="bf16"), TypeError, "compute_dtype must be one of .* got 'bf16'"),
+        (lambda: QLoRA(0), ValueError, "rank must be an int of at least 1, got 0"),
+        (lambda: QLoRA(block_size=-64), ValueError, "block_size must be .* at least 1, got -64"),
+        (lambda: QLoRA(block_size=0), ValueError, "block_size must be .* at least 1, got 0"),
+        (lambda: QLoRA(group_size=0), ValueError, "group_size must be .* at least 1, got 0"),
         (lambda: LoRA(0), ValueError, "rank must be an int of at least 1, got 0"),
         (lambda: LoRA(4, targets=("q",)), ValueError, "targets are some of .* got"),
         (lambda: LoRA(4, targets=()), ValueError, "targets are some of"),
@@ -409,6 +423,80 @@ def test_a_model_of_another_form_is_refused():
     for model in (biased, adapted):
         with pytest.raises(ValueError, match=r"parameters, a Llama of its sizes .*: pass the base model"):
             shape_of(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_what_the_ledger_says(family):
+    sizes = config_of(SMALL).to_dict() | {"sliding_window": 64}
+    wanted = ("hidden", "num", "intermediate", "vocab", "tie", "head_dim", "sliding", "use_cache")
+    config = AutoConfig.for_model(family, **{k: v for k, v in sizes.items() if k.startswith(wanted)})
+    model = AutoModelForCausalLM.from_config(config, dtype=BF16)
+    assert shape_of(model) == replace(SMALL, kv_heads=4, head_size=32)
+    predicted = forecast(model, LoRA(4), 2, 63)
+    add_lora(model, "all-linear", 4, 8)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    ids = torch.randint(3, SMALL.vocabulary, (2, 63))
+    track_step(model.train(), optimizer, ids)
+    found = track_step(model, optimizer, ids)
+    assert [ledger.total for ledger in predicted.peaks.values()] == list(found.peaks)
+
+
+def test_what_the_ledger_does_not_model_is_refused():
+    def on_meta(family="llama", **options):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(family, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                    num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=50, pad_token_id=0),
+                **options,
+            )  # fmt: skip
+
+    assert training_memory(on_meta(), Full()) == training_memory(LlamaShape(64, 1, 4, 64, 50), Full())
+    quantized, with_bnb = on_meta(), on_meta()
+    quantize_base(quantized, "all-linear")
+    four_bit = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    with_bnb.set_submodule("model.layers.0.self_attn.q_proj", four_bit)
+    for model, words in (
+        (on_meta(attn_implementation="eager"), "has 'eager' attention, need 'sdpa'"),
+        (on_meta("gemma"), "is of type 'gemma', the ledger knows the block of .*'llama'"),
+        (quantized, "has linear layers of type NF4Linear, need nn.Linear"),
+        (with_bnb, "has linear layers of type Linear4bit, need nn.Linear"),
+    ):
+        for method in (Full(), LoRA(4), QLoRA(4)):
+            with pytest.raises(ValueError, match=words):
+                training_memory(model, method)
+    windowed = on_meta("mistral")
+    windowed.config.sliding_window = 64
+    with pytest.raises(ValueError, match=r"window of 64 tokens takes a mask.* got length 64"):
+        training_memory(windowed, LoRA(4), length=64)
+
+
+def test_dropout_a_mask_and_autocast_are_not_counted():
+    """What the docstring of `training_memory` says of them."""
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :9] = 0
+
+    def above(dropout=0.0, mask=None, autocast=False):
+        model = built(DEEP, LoRA(4))
+        for layer in model.modules():
+            if isinstance(layer, LoRALinear):
+                layer.dropout = nn.Dropout(dropout)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+        plain = model.forward
+
+        def forward(**inputs):
+            with torch.autocast("cpu", BF16, enabled=autocast):
+                return plain(attention_mask=mask, **inputs)
+
+        model.forward = forward
+        ids = torch.randint(DEEP.vocabulary, (2, 40))
+        track_step(model, optimizer, ids)
+        found = track_step(model, optimizer, ids).peak_bytes
+        return found / training_memory(DEEP, LoRA(4), 2, 40).total - 1
+
+    assert above() == 0
+    assert above(dropout=0.1) > 0.1
+    assert 0.005 < above(mask=mask) < 0.05
+    assert abs(above(autocast=True)) > 0.01
 
 
 def test_a_failing_function_leaves_no_watch_behind():

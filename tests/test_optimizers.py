@@ -341,7 +341,28 @@ def test_a_refused_group_is_not_added():
         optimizer.add_param_group({"params": [parameter((4,))], "eps": -1.0})
     with pytest.raises(TypeError, match=r"parameter 0 of the group is torch\.float64"):
         optimizer.add_param_group({"params": [parameter((4,), torch.float64)]})
+    with pytest.raises(ValueError, match="block_size=64, this optimizer's is 256"):
+        optimizer.add_param_group({"params": [parameter((4,))], "block_size": 64})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("lr", math.nan, "lr and weight_decay must be finite and not negative, got nan"),
+        ("lr", -1.0, "lr and weight_decay must be finite and not negative, got -1.0"),
+        ("block_size", 64, "block_size=64, this optimizer's is 256"),
+    ],
+)
+def test_an_option_set_out_of_range_later_is_refused_and_nothing_is_changed(name, bad, message):
+    good, wrong = parameter((64, 64)), parameter((33,))
+    optimizer = AdamW8bit([{"params": [good]}, {"params": [wrong]}])
+    steps_of(optimizer, [good, wrong], [0])
+    before = copies(good, wrong, *tensors_of(optimizer))
+    optimizer.param_groups[1][name] = bad
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, (good, wrong, *tensors_of(optimizer)), before))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
@@ -423,6 +444,24 @@ def test_torchs_adamw_goes_through_the_same_file(tmp_path):
     assert torch.equal(one.state[ours]["exp_avg"], other.state[theirs]["exp_avg"])
 
 
+def tensors_of(optimizer):
+    return [tensor for state in optimizer.state.values() for tensor in state.values()]
+
+
+def copies(*tensors):
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def refuses(optimizer, saved, message):
+    """The state is refused with this message, and the optimizer and its parameters are what they were."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups, before = str(optimizer.state_dict()["param_groups"]), copies(*parameters, *tensors_of(optimizer))
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert str(optimizer.state_dict()["param_groups"]) == groups
+    assert all(map(torch.equal, [*parameters, *tensors_of(optimizer)], before))
+
+
 def trained_pair():
     parameters = pair()
     optimizer = AdamW8bit(parameters)
@@ -436,7 +475,7 @@ def trained_pair():
         ([(100, 70), (33,)], {}, r"state of parameter 0 does not fit: .*\[70, 100\].*\[100, 70\]"),
         ([(70, 100), (34,)], {}, "state of parameter 1 does not fit"),
         ([(70, 100)], {}, r"groups of \[1\] parameters, the state is for \[2\]"),
-        ([(70, 100), (33,)], {"block_size": 64}, "parameter 0 does not fit"),
+        ([(70, 100), (33,)], {"block_size": 64}, "got a group with block_size=256, this optimizer's is 64"),
         ([(70, 100), (33,)], TO_32_BITS, "parameter 0 does not fit: .*uint8"),
     ],
 )
@@ -457,6 +496,101 @@ def test_a_state_of_an_unknown_parameter_is_refused():
     saved["state"][7] = saved["state"][0]
     with pytest.raises(ValueError, match="for a parameter 7"):
         AdamW8bit(pair()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("way", ["memory", "file"])
+def test_a_block_size_travels_with_the_state_even_where_the_blocks_are_as_many(way, tmp_path):
+    weight = parameter((5000,))
+    trained = AdamW8bit([weight])
+    train(trained, weight, gradients((5000,), 1))
+    saved, other = trained.state_dict(), AdamW8bit([parameter((5000,))], block_size=250)
+    assert len(saved["state"][0]["exp_avg_absmax"]) == 5000 / 250
+    if way == "file":
+        save_optimizer(trained, tmp_path / "state.safetensors")
+        with pytest.raises(ValueError, match="block_size=256, this optimizer's is 250"):
+            load_optimizer(other, tmp_path / "state.safetensors")
+        assert other.state_dict()["state"] == {}
+    refuses(other, saved, "block_size=256, this optimizer's is 250")
+    del saved["param_groups"][0]["block_size"]
+    refuses(other, saved, r"the options of a group lack \['block_size'\]")
+
+
+def test_a_state_of_torchs_adamw_is_taken_where_it_is_in_32_bits():
+    ours, theirs = parameter((64, 64)), parameter((64, 64))
+    mine, other = AdamW8bit([ours], **TO_32_BITS), torch.optim.AdamW([theirs], lr=0.5)
+    train(other, theirs, gradients((64, 64), 2))
+    mine.load_state_dict(other.state_dict())
+    assert torch.equal(mine.state[ours]["exp_avg_sq"], other.state[theirs]["exp_avg_sq"])
+    assert mine.param_groups[0]["lr"] == 0.5
+    train(mine, ours, gradients((64, 64), 1))
+    assert mine.state_dict()["param_groups"][0]["block_size"] == 256
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr and weight_decay must be finite and not negative, got -1.0"),
+        ({"lr": math.nan}, "lr and weight_decay must be finite and not negative, got nan"),
+        ({"betas": [1.5, 1.5]}, "betas are two numbers"),
+        ({"eps": 0}, "eps must be positive"),
+        ({"maximize": True}, "maximize=True is not implemented, need maximize=False"),
+        ({"amsgrad": True}, "amsgrad=True is not implemented"),
+        ({"differentiable": True}, "differentiable=True is not implemented"),
+        ({"decoupled_weight_decay": False}, "need decoupled_weight_decay=True"),  # torch's Adam
+    ],
+)
+def test_options_in_a_state_are_checked_as_any(options, message):
+    saved, optimizer = trained_pair().state_dict(), trained_pair()
+    saved["param_groups"][0].update(options)
+    refuses(optimizer, saved, message)
+
+
+@pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay", "params"])
+def test_a_state_without_an_option_is_refused(name):
+    saved, optimizer = trained_pair().state_dict(), trained_pair()
+    del saved["param_groups"][0][name]
+    refuses(optimizer, saved, "the state is for" if name == "params" else rf"lack \['{name}'\]")
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        (0, "exp_avg_absmax"), (0, "exp_avg_sq_absmax"), (0, "step"),
+        (1, "exp_avg"), (1, "exp_avg_sq"), (1, "step"),
+    ],
+)  # fmt: skip
+def test_values_that_no_state_can_have_are_refused(index, name, bad):
+    saved, optimizer = trained_pair().state_dict(), trained_pair()
+    saved["state"][index][name].view(-1)[-1] = bad
+    if name == "exp_avg" and bad == -1:
+        optimizer.load_state_dict(saved)
+    else:
+        refuses(optimizer, saved, f"{name} of parameter {index} must be finite.*, got numbers from")
+
+
+def test_a_folder_or_a_file_of_broken_groups_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(ValueError, match="is a folder, need a file"):
+        load_optimizer(trained_pair(), tmp_path)
+    path = tmp_path / "state.safetensors"
+    options = {"lr": 1.0, "eps": 1.0, "weight_decay": 0.0, "block_size": 256}
+    for groups, message in (
+        ([options], "no optimizer's state .*params"),
+        ([{"params": 2}], "no optimizer's state .*params are no list"),
+        (7, "no optimizer's state"),
+        ([{"params": [0, 1], **options}], r"lack \['betas'\], got"),
+    ):
+        save_file({"0.step": torch.ones(())}, path, metadata={"param_groups": json.dumps(groups)})
+        optimizer = trained_pair()
+        before = copies(*tensors_of(optimizer))
+        with pytest.raises(ValueError, match=message):
+            load_optimizer(optimizer, path)
+        assert all(map(torch.equal, tensors_of(optimizer), before))
+    save_file({}, path, metadata={"param_groups": json.dumps([options])})
+    with pytest.raises(ValueError, match="no optimizer's state"):
+        load_optimizer(torch.optim.AdamW(pair()), path)
 
 
 def test_a_file_cut_short_is_refused_and_a_failed_write_keeps_the_old(tmp_path, monkeypatch):
@@ -517,6 +651,16 @@ def test_bytes_of_torchs_adamw_and_a_closed_form():
     assert adam_state_bytes([4096, 4095]) == 2 * 4096 + 8 * 16 + 4 + 8 * 4095 + 4
     with pytest.raises(ValueError, match="8 or 32 bits, got 4"):
         adam_state_bytes([1], bits=4)
+
+
+@pytest.mark.parametrize("bad", [-5, 5000.5, True, "7"])
+def test_sizes_that_none_can_be_are_refused(bad):
+    with pytest.raises(ValueError, match=f"sizes are ints of at least 0, got {bad!r}"):
+        adam_state_bytes([10, bad])
+    with pytest.raises(ValueError, match="block_size must be an int of at least 1, got 0"):
+        adam_state_bytes([10], block_size=0)
+    with pytest.raises(ValueError, match=f"state_bytes are ints of at least 0, got {bad!r}"):
+        page_traffic([10, bad], 100, [0], 0, page_bytes=10)
 
 
 def test_the_update_needs_little_memory_besides(monkeypatch):

@@ -36,6 +36,7 @@ def adam_step_8bit(
     tensors = (m.indices, m.absmax, v.indices, v.absmax)
     taken = all(t.is_cpu and t.is_contiguous() for t in (x, grad, *tensors, *codebooks))
     taken = taken and x.dtype == grad.dtype == torch.float32 and len(x) > 0
+    taken = taken and all(len(codebook) == 256 for codebook in codebooks)  # no code is beyond them
     if not taken or (compiled := load_library()) is None:
         return optimizers.adam_step_8bit(x, grad, m, v, step, group, codebooks)
     lr, (beta1, beta2) = group["lr"], group["betas"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora2qlora.blockwise import check_size
+from lora2qlora.blockwise import FLOATS, check_size
 from lora2qlora.memory.shape import LINEARS, LlamaShape
 
 
@@ -13,6 +13,9 @@ class Full:
     """Full fine-tuning: every parameter trains, in `dtype`."""
 
     dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self):
+        check_float("dtype", self.dtype)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class LoRA:
         check_size("rank", self.rank)
         if not self.targets or not set(self.targets) <= set(LINEARS):
             raise ValueError(f"targets are some of {LINEARS}, got {self.targets!r}")
+        check_float("dtype", self.dtype)
+        check_float("adapter_dtype", self.adapter_dtype)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,19 @@ class QLoRA(LoRA):
     block_size: int = 64
     group_size: int | None = 256  # None: no double quantization
     compute_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_size("block_size", self.block_size)
+        if self.group_size is not None:
+            check_size("group_size", self.group_size)
+        check_float("compute_dtype", self.compute_dtype)
+
+
+def check_float(name: str, dtype: torch.dtype) -> None:
+    """TypeError unless a dtype is one in which a model trains."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be one of {FLOATS}, got {dtype!r}")
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,16 @@ def training_memory(
     """[bytes] by component at the fullest moment of a training step of `batch` sequences of `length` tokens.
 
     `model_or_shape` is the base model before it is adapted or quantized, on the meta device too, or its
-    shape alone. `checkpointing` keeps only the input of each block, and computes the rest twice. The step
-    is one after the first: the optimizer's states are there. The model is a Llama of transformers with
-    sdpa attention, the loss its own, with logits in float32; adapters are `LoRALinear` over `NF4Linear`.
+    shape alone; dtypes are the method's. `checkpointing` keeps only the input of each block, and computes
+    the rest twice. The step is one after the first: the optimizer's states are there. The model is a Llama
+    of transformers, the loss its own, with logits in float32; adapters are `LoRALinear` over `NF4Linear`.
 
-    Raises ValueError: a model that no LlamaShape describes, sizes below 1; TypeError: anything else that
-    does not fit. QLoRA, sections 2 and 3. Chapter 11.
+    Assumed are fused (sdpa) attention, no padding mask, no dropout and no autocast. Without checkpointing,
+    dropout before the adapters adds a tenth or more to a small model's peak, a padding mask a few percent;
+    autocast moves it too.
+
+    Raises ValueError: a model that no LlamaShape describes, or whose attention slides a window within
+    `length`, sizes below 1; TypeError: anything else that does not fit. QLoRA, sections 2, 3. Chapter 11.
     """
     return forecast(model_or_shape, method, batch, length, checkpointing, optimizer).peak
 
@@ -67,6 +71,12 @@ def forecast(
         raise TypeError(f"optimizer is an Optimizer such as ADAMW, got {optimizer!r}")
     check_size("batch", batch)
     check_size("length", length)
+    window = getattr(getattr(model_or_shape, "config", None), "sliding_window", None)
+    if window and window <= length:
+        raise ValueError(
+            f"attention in a window of {window} tokens takes a mask, which is not counted, from length "
+            f"{window} on; got length {length}"
+        )
     tape = Tape(static_memory(shape, method, optimizer))
     step = Step(tape, shape, method, batch, length, checkpointing)
     step.forward_and_backward()

@@ -6,8 +6,11 @@ from torch import nn
 
 from lora2qlora.adapters import count_parameters
 from lora2qlora.blockwise import check_size
+from lora2qlora.lora import is_linear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The model types of transformers whose block is a Llama's, tensor for tensor.
+FAMILIES = ("llama", "mistral", "ministral", "cwm")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class LlamaShape:
                 check_size(field.name, size)
         if self.heads % (self.kv_heads or self.heads) or (self.hidden % self.heads and not self.head_size):
             raise ValueError(f"heads must divide hidden, and kv_heads divide heads, got {self}")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions need heads of an even size, got {self.head_dim} in {self}")
+        if not isinstance(self.tied, bool):
+            raise TypeError(f"tied must be True or False, got {self.tied!r}")
 
     @property
     def head_dim(self) -> int:
@@ -68,8 +75,9 @@ SHAPES = {
 def shape_of(model: nn.Module) -> LlamaShape:
     """The LlamaShape of a base model, by its config; it need not hold any numbers.
 
-    Raises ValueError: it has other parameters than such a shape (biases, say, or adapters already);
-    TypeError: no model with a config that names the sizes of a Llama.
+    Raises ValueError: it is of another family, its attention is not sdpa, it has other parameters than
+    such a shape (biases, say, or adapters already), or is quantized already; TypeError: no model with a
+    config that names the sizes of a Llama.
     """
     config = getattr(model, "config", None)
     try:
@@ -87,9 +95,26 @@ def shape_of(model: nn.Module) -> LlamaShape:
         raise TypeError(
             f"need a LlamaShape or a Llama-like model with a config, got {type(model).__name__} ({error})"
         ) from error
+    check_base(model, shape)
+    return shape
+
+
+def check_base(model: nn.Module, shape: LlamaShape) -> None:
+    """ValueError unless a model takes the bytes of its shape, as `shape_of` says."""
+    name, family = type(model).__name__, getattr(model.config, "model_type", None)
+    if family not in FAMILIES:
+        raise ValueError(f"{name} is of type {family!r}, the ledger knows the block of {FAMILIES}")
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention != "sdpa":
+        raise ValueError(f"{name} has {attention!r} attention, need 'sdpa': set_attn_implementation('sdpa')")
     if (counted := count_parameters(model).total) != shape.parameters:
         raise ValueError(
-            f"{type(model).__name__} has {counted:,} parameters, a Llama of its sizes {shape.parameters:,}: "
+            f"{name} has {counted:,} parameters, a Llama of its sizes {shape.parameters:,}: "
             "pass the base model, before adapters, or a LlamaShape"
         )
-    return shape
+    linears = (module for module in model.modules() if is_linear(module))
+    if (other := next((m for m in linears if type(m) is not nn.Linear), None)) is not None:
+        raise ValueError(
+            f"{name} has linear layers of type {type(other).__name__}, need nn.Linear: "
+            "pass the base model, before it is quantized, or a LlamaShape"
+        )

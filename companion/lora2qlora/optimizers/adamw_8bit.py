@@ -92,16 +92,16 @@ class AdamW8bit(torch.optim.Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = dict(zip(indices, self._parameters(), strict=True))
         states = {index: state for index, state in state_dict["state"].items() if state}
-        for index, state in states.items():
-            if index not in parameters:
-                raise ValueError(f"the state is for a parameter {index}, which no group has")
-            check_state(index, state, self._start(parameters[index]))
         # torch's AdamW names no block size; without states in 8 bits it needs none
         in_8_bits = any(f"{STATES[0]}_absmax" in state for state in states.values())
         known = {} if in_8_bits else {"block_size": self.block_size}
         groups = [{**known, **group} for group in state_dict["param_groups"]]
         for group, mine in zip(groups, self.param_groups, strict=True):
             check_group({**group, "params": mine["params"]}, self.block_size)
+        for index, state in states.items():
+            if index not in parameters:
+                raise ValueError(f"the state is for a parameter {index}, which no group has")
+            check_state(index, state, self._start(parameters[index]))
         # torch's own loading would cast codes and absmax to the parameter's dtype
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for index, state in states.items():
@@ -156,7 +156,7 @@ def adam_state_bytes(
     """[bytes] that Adam keeps for tensors of these `sizes` [elements]: two states, and 4 to count steps.
 
     In 32 bits 8 a parameter; in 8 bits 2 + 8 / block_size, whole blocks counted, and 8 in a tensor
-    below `min_8bit_size`. Exactly what `AdamW8bit` holds. Raises ValueError: other bits, or no sizes. Chapter 12.
+    below `min_8bit_size`. Exactly what `AdamW8bit` holds. Raises ValueError: other bits, sizes. Chapter 12.
     """
     if bits not in (8, 32):
         raise ValueError(f"states are kept in 8 or 32 bits, got {bits!r}")

@@ -21,7 +21,7 @@ def check_group(group: dict, block_size: int) -> None:
             raise ValueError(f"{name}={group[name]} is not implemented, need {name}={value}")
     if group["block_size"] != block_size:
         raise ValueError(
-            f"this optimizer's block_size is {block_size}, got a group with block_size {group['block_size']}: "
+            f"got a group with block_size={group['block_size']}, this optimizer's is {block_size}: "
             "a state is read with the block size that made it"
         )
     if not 0 <= group["lr"] < math.inf or not 0 <= group["weight_decay"] < math.inf:
@@ -57,7 +57,7 @@ def check_gradient(index: int, parameter: Tensor) -> None:
 
 
 def check_state(index: int, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """ValueError unless a parameter's state has the expected names, shapes and dtypes, and possible values."""
+    """ValueError unless a parameter's state has the expected names, shapes, dtypes, and possible values."""
 
     def describe(tensors):
         return {name: f"{t.dtype} {list(t.shape)}" for name, t in sorted(tensors.items())}
