@@ -172,7 +172,14 @@ def test_quality_holds_every_run_of_a_climb_and_of_the_seeds(gpu, module, tmp_pa
     arguments = [*DRY, "--parts", "quality", "--records", str(tmp_path)]
     assert gpu.main(arguments) == 0
     found = figures(tmp_path)
-    assert set(found) == {"perplexity of bf16", "LoRA on bf16: wordnet", "rank 8: wordnet"}
+    swept = {"perplexity of bf16", "LoRA on bf16: wordnet", "rank 8: wordnet"}
+    assert set(found) == swept | {"recipe of LoRA", "recipe of QLoRA"}
+    for name, quantization in (("LoRA", None), ("QLoRA", "nf4")):
+        followed = found[f"recipe of {name}"]
+        assert followed["quantization"] == quantization
+        assert [len(run["losses"]) for run in followed["runs"]] == [2]
+        assert followed["runs"][0]["test_loss"] > 0
+    assert found["recipe of LoRA"]["runs"] != found["recipe of QLoRA"]["runs"]
     climbed = found["rank 8: wordnet"]
     assert list(climbed["tried"]) == ["-2.5"]
     assert len(climbed["runs"]) == 1

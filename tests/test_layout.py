@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomllib
 import yaml
 from book_checks import unsafe_loading
 from book_notebook import read_chapter
@@ -127,6 +128,22 @@ def package_files(root: Path) -> list[str]:
             if path.is_relative_to(folder) and path.relative_to(folder).parts[0] not in names:
                 problems.append(f"{path.relative_to(root)}: not a part of the package's layout")
     return problems
+
+
+def data_is_packaged(root: Path) -> list[str]:
+    """What is no module in the package is package data in pyproject.toml; a wheel lacks it otherwise."""
+    tool = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get("tool", {})
+    listed = tool.get("setuptools", {}).get("package-data", {})
+    patterns = [
+        (root / "companion" / Path(*package.split(".")) / pattern).as_posix()
+        for package, found in listed.items()
+        for pattern in found
+    ]
+    return [
+        f"{path.relative_to(root)}: is in no package-data of pyproject.toml"
+        for path in repository_files(root)
+        if path.is_relative_to(_package(root)) and path.suffix != ".py" and not any(map(path.match, patterns))
+    ]
 
 
 def floors(root: Path) -> list[str]:
@@ -247,7 +264,7 @@ def workflows_call_make(root: Path) -> list[str]:
 
 
 RULES = (
-    root_entries, readme_tree, package_files, floors, rooms_have_tests, chapters_have_rooms,
+    root_entries, readme_tree, package_files, data_is_packaged, floors, rooms_have_tests, chapters_have_rooms,
     safe_sources, function_sizes, workflows_call_make,
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ Four parts, in order of worth:
   correctness  NF4, double quantization and the Triton kernels against bitsandbytes' CUDA kernels
   memory       one training step of 7B to 65B shapes, held to the memory of a card, against the ledger
   speed        dequantizing, the fused matmul, and training steps of a 7B shape
-  quality      the rank sweep and the atlas of formats on SmolLM2, with more seeds and steps
+  quality      the rank sweep, the atlas of formats and the recipe on SmolLM2, with more seeds and steps
 
 The second base of chapter 09 needs no GPU: small_lm.py trains it in minutes, and its text, not the
 machine, bounds how good it gets.

@@ -1,7 +1,8 @@
-"""gpu.py, part 4: the rank sweep of chapter 05 and the atlas of chapter 09, with more seeds and steps.
+"""gpu.py, part 4: the sweep of chapter 05, the atlas of chapter 09 and the recipe of chapter 13, with more
+seeds and steps.
 
-The work is done by `rank_sweep.py` and `quantization_atlas.py`; a job here holds all its runs in one
-record, since on a GPU a run takes seconds.
+The work is done by `rank_sweep.py`, `quantization_atlas.py` and `recipe.py`; a job here holds all its runs
+in one record, since on a GPU a run takes seconds.
 """
 
 import gc
@@ -10,12 +11,16 @@ from functools import cache, partial
 
 import quantization_atlas as atlas
 import rank_sweep as sweep
+import recipe
+import torch
 from lora2qlora.lab.models import load_base_model
 
 SIZES = {
     "full": {"steps": 240, "seeds": 8, "windows": 32, "ranks": (1, 8, 64, "full"), "tasks": sweep.TASKS},
     "toy": {"steps": 2, "seeds": 1, "windows": 1, "ranks": (8,), "tasks": ("wordnet",)},
 }
+# The recipe's own length, so that its runs on a CPU are comparable; more rows to score.
+RECIPE = {"full": {"test_rows": 300}, "toy": {"steps": 2, "train_rows": 60, "test_rows": 4}}
 FORMATS = ("bf16", "int8", "nf4", "nf4+dq", "int4", "fp4", "l1-fit", "int3")
 
 
@@ -60,8 +65,22 @@ def lora_on(device: str, form: str, name: str, steps: int, seeds: int) -> dict:
     return {"task": name, "format": form, "steps": steps, "log10_learning_rate": exponent, "runs": runs}
 
 
+def follow_recipe(device: str, size: str, quantization: str | None, seeds: int) -> dict:
+    """Chapter 13's recipe over a base in 32 bits or in NF4: scores, and on CUDA the peak, of each seed."""
+    settings = recipe.SETTINGS | RECIPE[size]
+    arm, runs, on_cuda = recipe.MAIN | {"quantization": quantization}, [], device.startswith("cuda")
+    for seed in range(seeds):
+        gc.collect()
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        runs.append(recipe.run(settings, arm, seed))
+        if on_cuda:
+            runs[-1]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return settings | arm | {"runs": runs}
+
+
 def jobs(device: str, size: str) -> dict:
-    """The part's runs by name, each without an argument: perplexities, LoRA on formats, the rank sweep."""
+    """The part's runs by name, each without an argument: perplexities, LoRA on formats, sweep, recipe."""
     asked = SIZES[size]
     steps, seeds = asked["steps"], asked["seeds"]
     forms = FORMATS if size == "full" else FORMATS[:1]
@@ -75,4 +94,6 @@ def jobs(device: str, size: str) -> dict:
     for name in asked["tasks"]:
         for rank in asked["ranks"]:
             found[f"rank {rank}: {name}"] = partial(climb, device, name, rank, steps, seeds)
+    for method, quantization in (("LoRA", None), ("QLoRA", "nf4")):
+        found[f"recipe of {method}"] = partial(follow_recipe, device, size, quantization, seeds)
     return found
