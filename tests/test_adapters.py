@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import re
 
 import pytest
@@ -570,7 +571,7 @@ def damage(directory, kind):
     elif kind == "foreign":
         weights.write_bytes(b"PK\x03\x04" + bytes(200))
     elif kind == "pickle":
-        weights.rename(directory / adapters.PICKLE)
+        weights.rename(directory / "adapter_model.bin")
     elif kind == "no weights":
         weights.unlink()
     elif kind == "no config":
@@ -724,9 +725,9 @@ def test_a_save_cut_between_its_renames_is_no_adapter_rather_than_a_mix(tmp_path
         done.append(target)
         rename(source, target)
 
-    rename = adapters.os.replace
+    rename = os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(adapters.os, "replace", cut)
+        patch.setattr(os, "replace", cut)
         with pytest.raises(KeyboardInterrupt):
             save_adapter(new, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):

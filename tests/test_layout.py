@@ -26,6 +26,8 @@ ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantizatio
 ROOMS += ("memory", "optimizers", "fast")
 # The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
 FOLDERS = {
+    "adapters": ("targets", "model", "peft_config", "peft_files"),
+    "qlora": ("state", "layer", "model"),
     "memory": (
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
     ),

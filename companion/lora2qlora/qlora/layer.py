@@ -1,25 +1,21 @@
-"""QLoRA's base: a linear layer whose frozen weight is stored in NF4. Chapter 10.
-
-QLoRA is `LoRALinear` over `NF4Linear`: `quantize_base(model)`, then `add_lora(model, ...)`. Nothing else
-of the model changes. QLoRA, sections 2 and 3.
-"""
+"""QLoRA's base: a linear layer whose frozen weight is stored in NF4. QLoRA, sections 2 and 3. Chapter 10."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora2qlora.adapters import find_targets, lora_layers, naming
-from lora2qlora.blockwise import check_input, check_size
+from lora2qlora.adapters import naming
+from lora2qlora.blockwise import check_input
 from lora2qlora.double_quantization import QuantizedAbsmax, double_quantize
 from lora2qlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from lora2qlora.qlora.state import check_weight, misfits, shapes_alone, stored_tensors
 
 
-class _DequantizeAndMultiply(torch.autograd.Function):
+class DequantizeAndMultiply(torch.autograd.Function):
     """x Ŵᵀ + bias; Ŵ lives only while it is multiplied with, once forward and once backward."""
 
     @staticmethod
@@ -39,6 +35,11 @@ class _DequantizeAndMultiply(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, *[None for _ in stored]
+
+
+def _without_autocast(x: Tensor):
+    """A context in which products keep the dtype of their factors; meta tensors know no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class NF4Linear(nn.Module):
@@ -69,8 +70,8 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.block_size, self.dtype, self.compute_dtype = weight.block_size, weight.dtype, compute_dtype
         self.group_size = getattr(weight.absmax, "group_size", None)
-        self.names = tuple(_stored(weight))
-        for name, tensor in _stored(weight).items():
+        self.names = tuple(stored_tensors(weight))
+        for name, tensor in stored_tensors(weight).items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -89,7 +90,7 @@ class NF4Linear(nn.Module):
         """
         check_linear(linear, block_size)
         if linear.weight.is_meta:
-            weight = _shapes_alone(linear.weight, block_size, 256 if double_quant else None)
+            weight = shapes_alone(linear.weight, block_size, 256 if double_quant else None)
         else:
             weight = quantize_nf4(linear.weight, block_size)
             weight = double_quantize(weight) if double_quant else weight
@@ -111,7 +112,7 @@ class NF4Linear(nn.Module):
             raise TypeError(f"a linear layer takes floats, got {x.dtype}")
         stored = [getattr(self, name) for name in self.names]
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return _DequantizeAndMultiply.apply(x.to(self.compute_dtype), bias, self, *stored).to(x.dtype)
+        return DequantizeAndMultiply.apply(x.to(self.compute_dtype), bias, self, *stored).to(x.dtype)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves buffers as any module does, but a cast to another dtype leaves them as they are."""
@@ -138,7 +139,7 @@ class NF4Linear(nn.Module):
         have as many constants.
         """
         got = {name: state_dict[prefix + name] for name in self.names if prefix + name in state_dict}
-        wrong = _misfits(got, _stored(self.weight), prefix)
+        wrong = misfits(got, stored_tensors(self.weight), prefix)
         form = state_dict.get(f"{prefix}_extra_state")
         form, mine = None if form is None else form.tolist(), self.get_extra_state().tolist()
         if form != mine and (got or form):
@@ -156,35 +157,6 @@ class NF4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, block_size={self.block_size}, {kind}, {self.compute_dtype}"
         )
-
-
-def quantize_base(
-    model: nn.Module,
-    targets: list[str] | str = "all-linear",
-    double_quant: bool = True,
-    compute_dtype: torch.dtype = torch.bfloat16,
-    block_size: int = 64,
-) -> list[str]:
-    """Put an NF4Linear in the place of every target of a model, one at a time; returns the names.
-
-    `targets` means what it means to `add_lora`; embeddings, norms and the LM head stay. All weights are
-    checked before the first is replaced; a layer with several names stays one layer. Quantize first, then
-    adapt: QLoRA is `add_lora` on the result. Chapter 10.
-
-    Raises ValueError: adapters on the model, no such target, or one that is quantized already, has hooks or
-    numbers that are not finite; TypeError: one without a plain float weight. The model is unchanged then.
-    """
-    if lora_layers(model):
-        raise ValueError("the model carries adapters already: quantize its base first, then add_lora")
-    names = find_targets(model, targets)
-    for name in names:
-        naming(name, check_linear, model.get_submodule(name), block_size)
-    for name in names:
-        linear = model.get_submodule(name)
-        layer = NF4Linear.from_linear(linear, block_size, double_quant, compute_dtype)
-        for alias in [n for n, m in model.named_modules(remove_duplicate=False) if m is linear]:
-            model.set_submodule(alias, layer)
-    return names
 
 
 def check_linear(linear: nn.Module, block_size: int = 64) -> None:
@@ -206,63 +178,3 @@ def check_linear(linear: nn.Module, block_size: int = 64) -> None:
     check_input(weight.new_empty(0, device="cpu") if weight.is_meta else weight, block_size)
     if linear.bias is not None and not linear.bias.is_meta:
         naming("its bias", check_input, linear.bias, block_size)
-
-
-def check_weight(weight: NF4Weight, bias: Tensor | None, compute_dtype: torch.dtype) -> None:
-    """Raise what `NF4Linear` says it raises of these arguments."""
-    if not isinstance(weight, NF4Weight) or not isinstance(weight.absmax, Tensor | QuantizedAbsmax):
-        raise TypeError(f"NF4Linear takes what quantize_nf4 or double_quantize returns, got {weight!r:.80}")
-    if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
-        raise TypeError(f"compute_dtype must be a float dtype of torch, got {compute_dtype!r}")
-    if len(weight.shape) != 2:
-        raise ValueError(f"the weight of a linear layer is [out, in], got shape {list(weight.shape)}")
-    check_size("block_size", weight.block_size)
-    group_size = getattr(weight.absmax, "group_size", None)
-    if isinstance(weight.absmax, QuantizedAbsmax):
-        check_size("group_size", group_size)
-    fitting = _shapes_alone(weight, weight.block_size, group_size)
-    if wrong := _misfits(_stored(weight), _stored(fitting)):
-        raise ValueError("; ".join(wrong))
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"the bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
-
-
-def _stored(weight: NF4Weight) -> dict[str, Tensor]:
-    """The tensors of a weight, by the names that they have as buffers of a layer."""
-    absmax = weight.absmax
-    constants = {"absmax": absmax}
-    if isinstance(absmax, QuantizedAbsmax):
-        constants = {name: getattr(absmax, name) for name in ("codes", "scales", "offset")}
-    return {"packed": weight.packed, **constants}
-
-
-def _misfits(got: dict[str, Tensor], own: dict[str, Tensor], prefix: str = "") -> list[str]:
-    """What is wrong with tensors that are to be stored in the place of `own`, by name."""
-    wrong = []
-    for name, tensor in got.items():
-        expected = f"{prefix}{name} must be {own[name].dtype} {list(own[name].shape)}"
-        if not isinstance(tensor, Tensor):
-            wrong.append(f"{expected}, got {type(tensor).__name__}")
-        elif (tensor.dtype, tensor.shape) != (own[name].dtype, own[name].shape):
-            got_form = f"{tensor.dtype} {list(tensor.shape)}"
-            wrong.append(f"{expected}, got {got_form}: quantized bytes and constants are never cast")
-        elif tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-            wrong.append(f"{expected}, all finite, got {tensor[~tensor.isfinite()][0].item()}")
-    return wrong
-
-
-def _shapes_alone(weight: Tensor | NF4Weight, block_size: int, group_size: int | None) -> NF4Weight:
-    """What quantizing a weight [out, in] gives, without its numbers: all on the meta device."""
-    empty, count = partial(torch.empty, dtype=torch.float32, device="meta"), weight.shape.numel()
-    blocks = -(-count // block_size)
-    absmax = empty(blocks)
-    if group_size is not None:
-        codes, scales = empty(blocks, dtype=torch.uint8), empty(-(-blocks // group_size))
-        absmax = QuantizedAbsmax(codes, scales, empty(()), group_size)
-    packed = empty(-(-count // 2), dtype=torch.uint8)
-    return NF4Weight(packed, absmax, weight.shape, weight.dtype, block_size)
-
-
-def _without_autocast(x: Tensor):
-    """A context in which products keep the dtype of their factors; meta tensors know no autocast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

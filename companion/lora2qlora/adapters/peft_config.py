@@ -1,0 +1,101 @@
+"""PEFT's adapter_config.json, written for a model's adapters and read for a model. Chapter 04."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+
+from lora2qlora.adapters.targets import adaptable, is_target, modules, no_target
+from lora2qlora.lora import LoRALinear
+
+CONFIG = "adapter_config.json"
+# The options that load_adapter follows, or that change nothing an adapter computes. Any other that is set
+# is refused by name, and so is an initialization that changes the base.
+KNOWN = """peft_type r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern
+    use_rslora init_lora_weights bias task_type base_model_name_or_path revision inference_mode auto_mapping
+    peft_version eva_config layers_pattern megatron_core qalora_group_size runtime_config
+    ensure_weight_tying""".split()
+PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
+
+
+def write_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
+    """The adapter_config.json: the commonest rank and alpha, and patterns for the modules that differ."""
+    dropouts = sorted({layer.dropout.p for layer in layers.values()})
+    if len(dropouts) > 1:
+        raise ValueError(f"PEFT's format holds one dropout for all adapters, these have {dropouts}")
+    rank, _ = Counter(layer.rank for layer in layers.values()).most_common(1)[0]
+    alpha, _ = Counter(layer.alpha for layer in layers.values()).most_common(1)[0]
+    base = getattr(model, "name_or_path", None) or None
+    exactly = {name: f"^{re.escape(name)}" for name in layers}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": None if base and os.path.isdir(base) else base,  # no path of this machine
+        "inference_mode": True,
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropouts[0],
+        "target_modules": _write_targets(model, list(layers)),
+        "rank_pattern": {exactly[n]: layer.rank for n, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {exactly[n]: layer.alpha for n, layer in layers.items() if layer.alpha != alpha},
+    }
+
+
+def _write_targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Suffixes where they match these modules and no other, else the names, else a regular expression."""
+    for targets in (sorted({name.split(".")[-1] for name in names}), names):
+        if {name for name in modules(model) if is_target(name, targets)} == set(names):
+            return targets
+    return "|".join(re.escape(name) for name in names)
+
+
+def read_config(directory: Path) -> dict:
+    """A plain LoRA's adapter_config.json; ValueError naming whatever makes it another method."""
+    path = directory / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG} in {directory}: pass what save_adapter or PEFT wrote to")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is not JSON ({error}): save or download it again") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f'{path} does not describe a LoRA: it needs "peft_type": "LORA"')
+    refused = {key for key, value in config.items() if value and key not in KNOWN}
+    refused |= {key for key, plain in PLAIN.items() if config.get(key, plain[0]) not in plain}
+    if refused:
+        options = ", ".join(f"{key}={config[key]!r}" for key in sorted(refused))
+        raise ValueError(f"{path} is not a plain LoRA, it has {options}: load it with PEFT")
+    lacking = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
+    if lacking:
+        raise ValueError(f"{path} lacks {lacking}")
+    return config
+
+
+def read_settings(model: nn.Module, config: dict) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each module that the config targets, by the rules of PEFT."""
+    candidates = adaptable(model)
+    targets, excluded = config["target_modules"], config.get("exclude_modules") or []
+    if targets == "all-linear":
+        targets = list(candidates)
+    names = [n for n in modules(model) if is_target(n, targets) and not is_target(n, excluded)]
+    impossible = [name for name in names if name not in candidates]
+    if impossible:
+        raise ValueError(f"the adapter is for {impossible}, which no linear layer below the LM head is named")
+    if not names:
+        raise ValueError(no_target(targets, candidates))
+
+    def choose(pattern: str, name: str, default):
+        matches = (v for k, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({k})$", name))
+        return next(matches, default)
+
+    settings = {}
+    for name in names:
+        rank = choose("rank_pattern", name, config["r"])
+        alpha = choose("alpha_pattern", name, config["lora_alpha"])
+        settings[name] = (rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha)
+    return settings
