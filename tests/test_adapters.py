@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -707,7 +708,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch):
 
     for method in ("write_bytes", "write_text"):
         with monkeypatch.context() as patch:
-            patch.setattr(adapters.Path, method, full)
+            patch.setattr(Path, method, full)
             with pytest.raises(OSError, match="No space left"):
                 save_adapter(new, tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
