@@ -49,7 +49,7 @@ def _nf4_values() -> tuple[float, ...]:
 
     def quantiles(count):
         # float32 points, as in bitsandbytes: the last bits of the table hang on it
-        points = torch.linspace(OFFSET, 0.5, count + 1)[:-1]
+        points = torch.linspace(OFFSET, 0.5, count + 1, dtype=torch.float32)[:-1]
         return torch.special.ndtri(points.double())
 
     values = torch.cat([-quantiles(7), torch.zeros(1, dtype=torch.float64), quantiles(8).flip(0)]).float()

@@ -42,7 +42,8 @@ def adam_step_8bit(
     lr, (beta1, beta2) = group["lr"], group["betas"]
     root, rate = math.sqrt(1 - beta2**step), -lr / (1 - beta1**step)
     keep = 1 - lr * group["weight_decay"]
-    options = torch.tensor([beta1, 1 - beta1, beta2, 1 - beta2, root, group["eps"], keep, rate])
+    numbers = [beta1, 1 - beta1, beta2, 1 - beta2, root, group["eps"], keep, rate]
+    options = torch.tensor(numbers, dtype=torch.float32)
     states, tables = [], []
     for q, codebook in zip((m, v), codebooks, strict=True):
         middle, start = _search_tables(tuple(codebook.tolist()))
