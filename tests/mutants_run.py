@@ -32,14 +32,25 @@ PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench an
 PYTEST += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # what is imported before the fork
 
 
+BROKEN = 70  # the exit status where this file fails, and not a test
+
+
 class Choice:
     """A pytest plugin: keeps the chosen tests, quickest first, and measures what it is asked to."""
 
-    def __init__(self, seconds: dict[str, float] | None = None, tracer: coverage.Coverage | None = None):
-        self.chosen, self.tracer = seconds, tracer
+    def __init__(
+        self, seconds: dict[str, float] | None = None, tracer: coverage.Coverage | None = None, patience=0.0
+    ):
+        self.chosen, self.tracer, self.patience = seconds, tracer, patience
+        self.set_alarm(0.0)
         self.seconds, self.failed = {}, []
         self.uses = {}  # a test's wide fixtures and cached helpers count as its own
         self.caches = []
+
+    def set_alarm(self, usual: float) -> None:
+        """End this process by SIGALRM where something takes far longer than usual [s]."""
+        if self.patience:
+            signal.setitimer(signal.ITIMER_REAL, self.patience + 10 * usual)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
@@ -66,6 +77,7 @@ class Choice:
             for cached in self.caches:
                 cached.cache_clear()
             self.tracer.switch_context(item.nodeid)
+        self.set_alarm((self.chosen or {}).get(item.nodeid, 0.0))
         start = time.perf_counter()
         yield
         self.seconds[item.nodeid] = time.perf_counter() - start
@@ -94,7 +106,11 @@ class Workshop:
     """Copies of the package to break, and forks that test them."""
 
     def __init__(self, root: Path, jobs: int, patience: float = 20):
-        self.root, self.jobs, self.patience = root, jobs, patience  # [s] beside what tests take
+        self.root, self.jobs, self.patience = (
+            root,
+            jobs,
+            patience,
+        )  # [s] for a test, beside ten times what it took
         os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         sys.path.insert(0, str(root / "tests"))
         self.kept = tempfile.TemporaryDirectory(prefix="mutants-")  # as long as this object
@@ -115,10 +131,10 @@ class Workshop:
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 mutant = waiting.pop(0)
-                slot = next(s for s in self.slots if s not in [r[1] for r in running.values()])
+                slot = next(s for s in self.slots if s not in [busy for _, busy in running.values()])
                 chosen = _reaching(mutant, lines, seconds)
                 pid = self._fork(slot, mutant, files, chosen)
-                running[pid] = mutant, slot, time.monotonic() + self.patience + 6 * sum(chosen.values())
+                running[pid] = mutant, slot
             self._collect(running, outcomes)
             _tell(room, sum(map(bool, outcomes.values())), len(mutants), start)
         return outcomes
@@ -162,14 +178,16 @@ class Workshop:
         if mutant:
             broken = slot / "lora2qlora" / mutant.file
             broken.write_text(mutant.code, encoding="utf-8")
-        return self._child(slot, lambda: pytest.main([*PYTEST, *files], plugins=[Choice(chosen)]))
+        return self._child(
+            slot, lambda: pytest.main([*PYTEST, *files], plugins=[Choice(chosen, patience=self.patience)])
+        )
 
     def _child(self, slot: Path, work: Callable[[], int]) -> int:
         """Fork, with the package of `slot` the one that is imported; the exit status is what work gives."""
         sys.stdout.flush()
         if pid := os.fork():
             return pid
-        code = 70
+        code = BROKEN
         try:
             os.setsid()
             gc.disable()
@@ -188,20 +206,16 @@ class Workshop:
         os._exit(code)
 
     def _collect(self, running: dict, outcomes: dict) -> None:
-        """Wait a little; note who has ended or is late, and mend their copies."""
-        time.sleep(0.01)
-        for pid, (mutant, slot, deadline) in list(running.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            late = not ended and time.monotonic() > deadline
-            if late:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            if ended or late:
-                outcomes[mutant] = "time-out" if late else "caught" if status else "survived"
-                shutil.copy2(
-                    self.root / "companion" / "lora2qlora" / mutant.file, slot / "lora2qlora" / mutant.file
-                )
-                del running[pid]
+        """Wait for one; note how it ended, and mend its copy."""
+        pid, status = os.wait()
+        mutant, slot = running.pop(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # its own children
+        code = os.waitstatus_to_exitcode(status)
+        if code in (pytest.ExitCode.USAGE_ERROR, BROKEN):
+            raise RuntimeError(f"could not run: {mutant.key}\n{(slot / 'log').read_text()[-2000:]}")
+        outcomes[mutant] = {0: "survived", -signal.SIGALRM: "time-out"}.get(code, "caught")
+        shutil.copy2(self.root / "companion" / "lora2qlora" / mutant.file, slot / "lora2qlora" / mutant.file)
 
 
 def _reaching(mutant, lines: dict, seconds: dict[str, float]) -> dict[str, float]:
