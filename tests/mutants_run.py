@@ -127,7 +127,7 @@ class Workshop:
         seconds, lines = self._measure(files)
         self._check_unchanged(files, seconds)
         waiting, running, outcomes = list(mutants), {}, dict.fromkeys(mutants, "")
-        start = time.monotonic()
+        progress = _Progress(room, len(mutants))
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 mutant = waiting.pop(0)
@@ -136,7 +136,7 @@ class Workshop:
                 pid = self._fork(slot, mutant, files, chosen)
                 running[pid] = mutant, slot
             self._collect(running, outcomes)
-            _tell(room, sum(map(bool, outcomes.values())), len(mutants), start)
+            progress.tell(len(mutants) - len(waiting) - len(running))
         return outcomes
 
     def _measure(self, files: list[str]) -> tuple[dict[str, float], dict]:
@@ -255,7 +255,16 @@ def _wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _tell(room: str, done: int, of: int, start: float) -> None:
-    """Progress on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r{room}: {done} of {of}, {time.monotonic() - start:.0f} s ", end="", file=sys.stderr)
+class _Progress:
+    """How far a room is: all the time on a terminal, once a minute elsewhere."""
+
+    def __init__(self, room: str, of: int):
+        self.room, self.of, self.start, self.told = room, of, time.monotonic(), time.monotonic()
+
+    def tell(self, done: int) -> None:
+        now, live = time.monotonic(), sys.stderr.isatty()
+        if live or now - self.told > 60:
+            self.told = now
+            begin, end = ("\r", " ") if live else ("", "\n")
+            text = f"{begin}{self.room}: {done} of {self.of}, {now - self.start:.0f} s"
+            print(text, end=end, file=sys.stderr, flush=True)
