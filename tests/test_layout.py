@@ -225,6 +225,17 @@ def safe_sources(root: Path) -> list[str]:
     ]
 
 
+def file_sizes(root: Path) -> list[str]:
+    """A module of the package has at most 200 lines, a script of an experiment at most 300."""
+    problems = []
+    for path in _sources(root):
+        most = 200 if path.is_relative_to(_package(root)) else 300
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > most:
+            problems.append(f"{path.relative_to(root)}: {lines} lines, at most {most}")
+    return problems
+
+
 def function_sizes(root: Path) -> list[str]:
     """A function has at most 40 lines below its docstring, and a docstring at most 15."""
     problems = []
@@ -265,7 +276,7 @@ def workflows_call_make(root: Path) -> list[str]:
 
 RULES = (
     root_entries, readme_tree, package_files, data_is_packaged, floors, rooms_have_tests, chapters_have_rooms,
-    safe_sources, function_sizes, workflows_call_make,
+    safe_sources, file_sizes, function_sizes, workflows_call_make,
 )  # fmt: skip
 
 
