@@ -90,6 +90,40 @@ def test_the_run_itself_works_at_toy_size(quickstart, monkeypatch):
     assert figures["perplexity_before"] > 1
 
 
+# Files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writing(tmp_path, monkeypatch):
+    return script("writing", tmp_path / "records", monkeypatch)
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_beside_it(writing, tmp_path):
+    path = tmp_path / "new" / "file"
+    for content in (b"first", b"second"):
+        with writing.whole(path) as partial:
+            partial.write_bytes(content)
+            assert not path.exists() or path.read_bytes() == b"first"
+
+    def cut_short(error):
+        with writing.whole(path) as partial:
+            partial.write_bytes(b"half")
+            raise error
+
+    for error in (OSError("No space left on device"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            cut_short(error)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == {"file": b"second"}
+
+
+def test_two_writers_at_once_leave_one_whole_file(writing, tmp_path):
+    with writing.whole(tmp_path / "file") as one, writing.whole(tmp_path / "file") as other:
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert (tmp_path / "file").read_bytes() == b"one"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # The rank sweep -----------------------------------------------------------------------------------
 
 
@@ -513,6 +547,8 @@ def test_a_toy_model_is_trained_measured_and_loads(small_lm, tmp_path, monkeypat
         assert bits["5-gram"] < bits["1-gram"] < bits["uniform"]
     assert figures["weights"]["cosine"] < 1 - 1e-4
     assert "fetch" not in (tmp_path / "small_lm" / "LICENSE.txt").read_text()
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "small_lm").iterdir())
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"records", "cache", "small_lm"}
     assert module.main(asked) == 0
     assert "recorded already" in capsys.readouterr().out
     assert len(measured.load("small_lm")) == 1

@@ -14,14 +14,13 @@ data_texts.py.
 
 import argparse
 import hashlib
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import writing
 from data_messages import spam_rows
 from data_sources import SOURCES, notice, problem, read_package
 from data_splits import Row, split_rows
@@ -82,19 +81,6 @@ def build(directory: Path) -> dict[str, bytes]:
     return built | {"SHA256SUMS": "".join(lines).encode()}
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def differences(built: dict[str, bytes], out: Path) -> list[str]:
     """Names of the files that are missing from `out`, are not to be there, or hold other bytes.
 
@@ -127,7 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(bool(different))
     options.out.mkdir(parents=True, exist_ok=True)
     for name, content in built.items():
-        write(options.out / name, content)
+        with writing.whole(options.out / name) as partial:
+            partial.write_bytes(content)
     print("\n".join(f"{len(content):>9,} bytes  {name}" for name, content in built.items()))
     return 0
 

@@ -19,12 +19,12 @@ know the same training text.
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import writing
 from build_data import OUT
 from data_sources import SOURCES, read_package
 from lora2qlora.lab import measured
@@ -67,20 +67,19 @@ def export(model, tokenizer, sources: Path, out: Path) -> None:
     notice = files[SOURCES["sotu"].notice].decode("utf-8")
     notice = re.sub(r"(?s)\n+ *Apache License\n.*?END OF TERMS AND CONDITIONS", "", notice).strip()
     packages = "\n".join(SOURCES[name].fetch for name in VALIDATION)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with quiet_unless_terminal():
-        model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "LICENSE.txt").write_text(NOTICE.format(packages=packages, notice=notice), encoding="utf-8")
-    names = sorted(path.name for path in partial.iterdir())
-    for name in names:
-        (partial / name).chmod(0o644)  # some are written for their owner alone
-    sums = (f"{hashlib.sha256((partial / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
-    (partial / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    with writing.whole(out) as partial:
+        partial.mkdir()
+        with quiet_unless_terminal():
+            model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        text = NOTICE.format(packages=packages, notice=notice)
+        (partial / "LICENSE.txt").write_text(text, encoding="utf-8")
+        names = sorted(path.name for path in partial.iterdir())
+        for name in names:
+            (partial / name).chmod(0o644)  # some are written for their owner alone
+        sums = (f"{hashlib.sha256((partial / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+        (partial / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def run(sources: Path, out: Path, settings: dict, seed: int) -> dict:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
+import writing
 from lora2qlora.lab.training import compute_in_bfloat16, progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -132,10 +132,8 @@ def save_checkpoint(path: Path, model, optimizer, settings: dict, seed: int, sta
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
     header = {"settings": settings, "seed": seed, "state": state, "digest": digest(tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {key: json.dumps(value) for key, value in header.items()})
-    os.replace(partial, path)
+    with writing.whole(path) as partial:
+        save_file(tensors, partial, {key: json.dumps(value) for key, value in header.items()})
 
 
 def load_checkpoint(path: Path, model, optimizer, settings: dict, seed: int) -> dict:
