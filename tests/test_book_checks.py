@@ -674,6 +674,12 @@ REPOSITORY_DEFECTS = [
     ("function_sizes", "41 lines", text(f"{PACKAGE}/low_rank.py", "    return", BODY + "    return")),
     ("function_sizes", "a long docstring", text(f"{PACKAGE}/low_rank.py", "    return", DOC + "    return")),
     (
+        "no_clock_in_tests",
+        "a time",
+        file("tests/test_x.py", "import time\n\nassert time.time() < 3\n"),
+    ),
+    ("no_clock_in_tests", "by name", file("tests/test_x.py", "from time import perf_counter_ns as now\n")),
+    (
         "exact_pins",
         "a local part",
         text("environment.yml", "torch==2.13.0", "torch==2.13.0\n      - extra==1+cpu"),
