@@ -1,12 +1,16 @@
-"""What holds for every unit test: no network, and optional tests are skipped with their reason."""
+"""What holds for every unit test: no network, no deadline, and a reason where one is skipped."""
 
 import os
 import socket
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 OFFLINE = "a unit test tried to reach {!r}; unit tests have no network: use a file made in tmp_path"
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+# On a busy machine an example may take any time; hypothesis would call it a failure after 0.2 s.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def _is_local(address) -> bool:

@@ -196,7 +196,8 @@ FILES = {
     "companion/lora2qlora/low_rank.py": "def truncated_svd(matrix, rank):\n    return matrix[:rank]\n",
     "companion/lora2qlora/lora.py": "from .low_rank import truncated_svd\n\n\n"
     "class LoRALinear:\n    svd = truncated_svd\n",
-    "companion/lora2qlora/lab/__init__.py": "",
+    "companion/lora2qlora/lab/__init__.py": "# as long as a module may be\n" * 200,
+    "companion/experiments/sweep.py": "# as long as a script may be\n" * 300,
     **{f"companion/lora2qlora/lab/{name}.py": LAB_MODULE for name in test_layout.LAB},
     f"{FOLDER}/__init__.py": "".join(
         f"from lora2qlora.optimizers import {name}\n" for name in FILES_OF_FOLDER
@@ -668,8 +669,16 @@ REPOSITORY_DEFECTS = [
         "remote code",
         text(f"{PACKAGE}/low_rank.py", "matrix[:rank]", "f(trust_remote_code=False)"),
     ),
+    ("file_sizes", "201 lines", file(f"{PACKAGE}/lab/__init__.py", "x = 0\n" * 201)),
+    ("file_sizes", "a script of 301 lines", file("companion/experiments/run.py", "x = 0\n" * 301)),
     ("function_sizes", "41 lines", text(f"{PACKAGE}/low_rank.py", "    return", BODY + "    return")),
     ("function_sizes", "a long docstring", text(f"{PACKAGE}/low_rank.py", "    return", DOC + "    return")),
+    (
+        "no_clock_in_tests",
+        "a time",
+        file("tests/test_x.py", "import time\n\nassert time.time() < 3\n"),
+    ),
+    ("no_clock_in_tests", "by name", file("tests/test_x.py", "from time import perf_counter_ns as now\n")),
     (
         "exact_pins",
         "a local part",
