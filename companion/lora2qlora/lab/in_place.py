@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
@@ -58,8 +60,28 @@ def compute_in_bfloat16(model):
 
     Mixed precision: float32 weights take the small steps of training, bfloat16 products are twice as fast.
     Attention runs without the fused kernel, which on a CPU is slow for the tasks' short rows.
+
+    The model's class is replaced, by one derived from it: a forward of the instance would go with every
+    copy and run the original's weights. Raises ValueError for a model that has such a forward already.
     """
-    device = model.get_input_embeddings().weight.device.type
-    model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
+    if "forward" in vars(model):
+        raise ValueError(
+            "this model's forward was replaced, as accelerate does for a model that it offloads: "
+            "load it whole on one device for compute_in_bfloat16"
+        )
     model.set_attn_implementation("eager")
+    model.__class__ = _in_bfloat16(type(model))
     return model
+
+
+@functools.cache
+def _in_bfloat16(kind: type) -> type:
+    """The class `kind`, of the same name, with its forward under autocast."""
+
+    @functools.wraps(kind.forward)
+    def forward(self, *arguments, **options):
+        device = self.get_input_embeddings().weight.device.type
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return kind.forward(self, *arguments, **options)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

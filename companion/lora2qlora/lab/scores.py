@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .batches import IGNORED, collate, encode
+from .batches import IGNORED, collate, encode, encode_rows
+from .guards import check_pads, check_text, checked_rows, guarded
 from .terminal import progress
 
 
@@ -33,6 +34,14 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), following[:, answered].flatten(), ignore_index=IGNORED
     )
+
+
+def _check_batch(model, batch) -> None:
+    if not (batch["labels"][:, 1:] != IGNORED).any():
+        raise ValueError("the batch has no answer token to predict, nothing is left to train: all is prompt")
+
+
+answer_loss = guarded(answer_loss, _check_batch)
 
 
 @torch.no_grad()
@@ -85,8 +94,23 @@ def choose(
     return chosen
 
 
+def _check_labels(tokenizer, labels, **_) -> None:
+    for label in labels:
+        check_text(label, "a label")
+        if not tokenizer(" " + label, add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"the label {label!r} gives no token to choose by")
+
+
+choose = guarded(choose, _check_labels)
+
+
 def _alike(tokenizer, prompts: list[str], batch_size: int) -> list[list[int]]:
     """Indices of the prompts in batches of like length, shortest first, so that little is padded."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_pads(tokenizer.pad_token_id)
+    for index, prompt in enumerate(prompts):
+        check_text(prompt, f"prompt {index}")
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -95,15 +119,14 @@ def _alike(tokenizer, prompts: list[str], batch_size: int) -> list[list[int]]:
 def evaluate(model, task, tokenizer, *, split: str = "test", limit: int | None = None, batch_size: int = 16):
     """Metrics of greedy answers on a task's split, or on its first `limit` rows.
 
-    Raises ValueError where there are no rows to evaluate.
+    Raises ValueError where there are no rows to evaluate, or a row has no text.
     """
-    rows = getattr(task, split)
-    rows = rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+    rows = list(checked_rows(task, split, limit))
     if len(rows) == 0:
         raise ValueError(f"nothing to evaluate: {task.name}'s {split} split gives no rows (limit={limit})")
-    prompts = [task.prompt(text) for text in rows["input"]]
+    prompts = [task.prompt(text) for text, _ in rows]
     predictions = generate(model, tokenizer, prompts, task.max_answer_tokens, batch_size)
-    targets = list(rows["target"])
+    targets = [target for _, target in rows]
     return Metrics(task.metric(predictions, targets), tuple(predictions), tuple(targets))
 
 
@@ -132,14 +155,23 @@ def mean_loss(
     return total / answered
 
 
+def _check_mean_loss(task, tokenizer, split, limit, batch_size, **_) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    encode_rows(task, tokenizer, split, limit)
+
+
+mean_loss = guarded(mean_loss, _check_mean_loss)
+
+
 @torch.no_grad()
 def perplexity(model, text, tokenizer, *, max_tokens: int = 1024, window: int = 1024) -> float:
     """exp of the mean loss per token over the first `max_tokens` tokens, in windows that do not overlap.
 
     `text` is a string, or a Dataset with a column "text". A window's first token has no context and is
-    not scored. Raises ValueError below two tokens.
+    not scored. Raises ValueError below two tokens, or where a row of "text" is no text.
     """
-    text = text if isinstance(text, str) else "\n\n".join(text["text"])
+    text = text if isinstance(text, str) else _joined(text)
     ids = tokenizer(text)["input_ids"][:max_tokens]
     if len(ids) < 2 or window < 2:
         raise ValueError(
@@ -153,3 +185,14 @@ def perplexity(model, text, tokenizer, *, max_tokens: int = 1024, window: int = 
         total += model(input_ids=piece, labels=piece).loss.item() * count
         scored += count
     return math.exp(total / scored)
+
+
+def _joined(rows) -> str:
+    """The column "text" of a Dataset as one text."""
+    if "text" not in getattr(rows, "column_names", ()):
+        raise ValueError(f'perplexity takes a string, or a Dataset with a column "text", got {rows!r}')
+    texts = list(rows["text"])
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f'row {index}: its column "text" must be text, got {text!r}')
+    return "\n\n".join(texts)
