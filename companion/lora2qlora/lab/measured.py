@@ -85,12 +85,13 @@ def record(name: str, configuration: dict, figures: dict, seed: int, directory: 
     """Append one run, atomically; a second process waits its turn.
 
     Raises ValueError: something that is not plain JSON (a tensor, NaN or infinity), or holds a path of this
-    machine; OSError: a full or closed disk. The records are as they were then.
+    machine, or a line before is damaged; OSError: a full or closed disk. The records are as they were then.
     """
     path = _path(name, directory)
     new = Record(dict(configuration), seed, dict(figures), provenance())
     try:
         line = json.dumps(asdict(new), allow_nan=False, sort_keys=True)
+        _parse(line.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a record of {name!r} must be plain, finite JSON: {error}") from error
     for text in _texts(json.loads(line)):
@@ -98,6 +99,8 @@ def record(name: str, configuration: dict, figures: dict, seed: int, directory: 
             raise ValueError(f"a record of {name!r} is published, but names {found[0]!r} of this machine")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{name}.lock")):
+        if path.exists():
+            load(name, directory)  # what follows a line that is damaged would be lost with it
         before = path.read_bytes() if path.exists() else b""
         if before and not before.endswith(b"\n"):  # cut by hand: this record is not to join the last
             before += b"\n"
@@ -105,6 +108,8 @@ def record(name: str, configuration: dict, figures: dict, seed: int, directory: 
         try:
             partial.write_bytes(before + line.encode() + b"\n")
             os.replace(partial, path)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot add a record to {path}: {error.strerror or error}") from error
         finally:
             partial.unlink(missing_ok=True)
     return new
