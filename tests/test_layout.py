@@ -34,7 +34,7 @@ FOLDERS = {
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("inputs", "library", "adam", "triton_kernels", "weights"),
 }  # fmt: skip
-LAB = ("models", "tasks", "training", "measured", "notebook")
+LAB = ("models", "tasks", "training", "chat_rows", "chat", "measured", "notebook")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
 # Chapter by chapter, the room it is about; None where the book has none.
 CHAPTERS = {
