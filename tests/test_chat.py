@@ -163,3 +163,15 @@ def test_rows_that_are_too_long_are_dropped_and_counted():
     assert fit_length([short, long], len(long["input_ids"]))[0] == [short, long]
     with pytest.raises(ValueError, match="no row of 2 has at most 3 tokens"):
         fit_length([short, long], 3)
+
+
+def test_a_tokenizer_that_adds_a_start_token_does_not_double_it():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_for(FORMS["Llama-3"])
+    start = tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", start)]
+    )
+    assert tokenizer("Ahoy")["input_ids"][0] == start
+    assert encode_chat(tokenizer, CHAT)["input_ids"].count(start) == 1
