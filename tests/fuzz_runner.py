@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from fuzz_judge import PACKAGE, Trial, Verdict, judge
+from fuzz_judge import PACKAGE, Trial, Verdict, judge, place
 
 Targets = dict[str, Callable[[Random], Trial]]
 MakeTargets = Callable[[Path], Targets]  # given a folder of their own
@@ -98,8 +97,6 @@ def _one_worker(targets: Targets, seeds: range, limits, trace: Path) -> Iterator
                 worker.join()
                 yield expected, _end_of(worker.exitcode, trace)
                 return
-            if isinstance(verdict, str):
-                raise RuntimeError(f"the input of seed {seed} cannot be made:\n{verdict}")
             expected = seed + 1
             yield seed, verdict
     finally:
@@ -125,17 +122,22 @@ def _work(targets: Targets, seeds: range, cpu_seconds: float, trace: Path, pipe)
         faulthandler.register(signal.SIGPROF, file, all_threads=False, chain=True)
         warnings.simplefilter("ignore")  # while an input is made
         for seed in seeds:
-            try:
-                trial = trial_of(targets, seed)
-            except Exception:  # the harness's own fault
-                pipe.send((seed, traceback.format_exc()))
-                return
-            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                verdict = judge(trial)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            pipe.send((seed, verdict))
+            pipe.send((seed, _judged(targets, seed, cpu_seconds)))
+
+
+def _judged(targets: Targets, seed: int, cpu_seconds: float) -> Verdict:
+    """The verdict on one seed's input; one that cannot be made is a failure, of the harness."""
+    try:
+        trial = trial_of(targets, seed)
+    except Exception as error:
+        return Verdict("no input", f"no input: {type(error).__name__} from {place(error)}", str(error))
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return judge(trial)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _fast_folder() -> str | None:

@@ -17,6 +17,17 @@ from torch import nn
 LIMITS = (0.3, 3.0)  # [s] of processor and of wall for a planted defect
 
 
+def test_nothing_but_what_is_promised():
+    """Seeds 0 to 1,999: every target accepts some and refuses some, and none fails."""
+    tallies = fuzz_runner.run(all_targets, range(2000))
+    assert sum(tally.outcomes.total() for tally in tallies.values()) == 2000
+    for name, tally in tallies.items():
+        assert tally.outcomes["accepted"] >= 5, name
+        assert tally.outcomes.total() - tally.outcomes["accepted"] >= 20, name
+    failed = [line for line in fuzz_runner.summary(tallies, 1) if "times, seeds" in line or " from " in line]
+    assert not any(tally.failures for tally in tallies.values()), "\n".join(["", *failed])
+
+
 class Loader:
     """A model and a way to load it that has a defect."""
 
@@ -131,12 +142,15 @@ def test_a_defect_is_noticed(defect):
     assert any("1 times, seeds [5]" in line for line in fuzz_runner.summary(tallies, 1))
 
 
-def test_a_fault_of_the_harness_is_no_finding():
+def test_an_input_that_cannot_be_made_is_a_failure():
     def broken(rng):
         raise KeyError("mutator")
 
-    with pytest.raises(RuntimeError, match=r"(?s)the input of seed 0 cannot be made.*KeyError: 'mutator'"):
-        fuzz_runner.run(lambda folder: {"broken": broken}, range(3))
+    tallies = fuzz_runner.run(lambda folder: {"broken": broken, "good": Loader(refuse).trial}, range(4))
+    (kind,) = tallies["broken"].failures
+    assert kind.startswith("no input: KeyError from test_fuzz.py:")
+    assert tallies["broken"].failures[kind] == [0, 2]
+    assert tallies["good"].outcomes == {"ValueError": 2}
 
 
 def test_seconds_end_a_run():
