@@ -13,7 +13,7 @@ NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
 PAGE   := _build/html/index.html
 
-.PHONY: help setup book test test-fast test-browser bench outputs lab lint format repository data clean
+.PHONY: help setup book test test-fast test-browser bench fuzz outputs lab lint format repository data clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -61,6 +61,10 @@ test-browser: book  ## the built pages in headless Chromium (CHROMIUM=path if it
 
 bench: setup  ## that the fast paths are fast; on a machine that does nothing else
 	@$(OFFLINE) $(BIN)/python -m pytest tests -m bench
+
+fuzz: setup  ## COUNT=1000000 damaged files and states, or SECONDS=60; SEED=123 COUNT=1 tries one again
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_runner.py --seed $(or $(SEED),0) \
+	  --count $(or $(COUNT),1000000) --seconds $(or $(SECONDS),inf)
 
 outputs: setup  ## re-execute every notebook and store its outputs
 	@$(OFFLINE) $(BIN)/python tests/book_outputs.py
