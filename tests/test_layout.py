@@ -21,6 +21,8 @@ from book_repository import repository_files
 ROOT = Path(__file__).resolve().parents[1]
 TOP = {"book", "companion", "tests", "_config.yml", "_toc.yml", "environment.yml", "pyproject.toml"}
 TOP |= {"Makefile", "LICENSE", "README.md"}
+# The images in which a workflow's job may run: the one that Colab publishes.
+IMAGES = ("us-docker.pkg.dev/colab-images/public/runtime:latest",)
 # A room imports only rooms that stand before it.
 ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora")
 ROOMS += ("memory", "optimizers", "fast")
@@ -32,9 +34,7 @@ FOLDERS = {
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("inputs", "library", "adam", "triton_kernels", "weights"),
 }  # fmt: skip
-LAB = ("models", "tasks", "training", "measured", "notebook")
-# The images in which a workflow's job may run: the one that Colab publishes.
-IMAGES = ("us-docker.pkg.dev/colab-images/public/runtime:latest",)
+LAB = ("conversion", "models", "tasks", "training", "measured", "notebook")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
 # Chapter by chapter, the room it is about; None where the book has none.
 CHAPTERS = {
