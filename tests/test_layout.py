@@ -8,11 +8,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from book_checks import unsafe_loading
 from book_notebook import read_chapter
@@ -21,6 +21,8 @@ from book_repository import repository_files
 ROOT = Path(__file__).resolve().parents[1]
 TOP = {"book", "companion", "tests", "_config.yml", "_toc.yml", "environment.yml", "pyproject.toml"}
 TOP |= {"Makefile", "LICENSE", "README.md"}
+# The images in which a workflow's job may run: the one that Colab publishes.
+IMAGES = ("us-docker.pkg.dev/colab-images/public/runtime:latest",)
 # A room imports only rooms that stand before it.
 ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora")
 ROOMS += ("memory", "optimizers", "fast")
@@ -279,8 +281,24 @@ def no_clock_in_tests(root: Path) -> list[str]:
     return problems
 
 
+def failures_in_pipes_count(root: Path) -> list[str]:
+    """A recipe with a pipe begins with `set -o pipefail;`: make 3.81 reads no .SHELLFLAGS."""
+    text = (root / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    problems = []
+    for line in text.splitlines():
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line).replace("||", "")
+        if line.startswith("\t") and "|" in bare and not re.match(r"\t@?set -o pipefail;", line):
+            problems.append(f"Makefile: {line.strip()[:60]!r} has a pipe and no 'set -o pipefail;' before it")
+    if re.search(r"^\.(SHELLFLAGS|ONESHELL)\b", text, re.M):
+        problems.append("Makefile: .SHELLFLAGS or .ONESHELL, which make 3.81 does not read")
+    return problems
+
+
 def workflows_call_make(root: Path) -> list[str]:
-    """A workflow runs targets of the Makefile only, may only read, and pins actions to a version."""
+    """A workflow runs targets of the Makefile only, may only read, and pins actions to a version.
+
+    A job's container is from IMAGES.
+    """
     targets = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.M)
     problems = []
     for path in sorted((root / ".github" / "workflows").glob("*.yml")):
@@ -290,6 +308,8 @@ def workflows_call_make(root: Path) -> list[str]:
         wrong += [
             s["uses"] for s in steps if "uses" in s and not re.fullmatch(r"actions/[\w-]+@v\d+", s["uses"])
         ]
+        jobs = workflow["jobs"].values()
+        wrong += [f"container {c}" for job in jobs if (c := job.get("container")) not in (None, *IMAGES)]
         if workflow.get("permissions") != {"contents": "read"}:
             wrong.append("permissions, expected contents: read (a job may ask for more)")
         problems += [f"{path.relative_to(root)}: {it}" for it in wrong]
@@ -298,7 +318,7 @@ def workflows_call_make(root: Path) -> list[str]:
 
 RULES = (
     root_entries, readme_tree, package_files, data_is_packaged, floors, rooms_have_tests, chapters_have_rooms,
-    safe_sources, file_sizes, function_sizes, no_clock_in_tests, workflows_call_make,
+    safe_sources, file_sizes, function_sizes, no_clock_in_tests, failures_in_pipes_count, workflows_call_make,
 )  # fmt: skip
 
 
