@@ -27,6 +27,7 @@ ROOMS += ("memory", "optimizers", "fast")
 # The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
 FOLDERS = {
     "adapters": ("targets", "model", "peft_config", "peft_files"),
+    "nf4": ("codebook", "weight"),
     "qlora": ("state", "layer", "model"),
     "memory": (
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
