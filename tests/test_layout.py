@@ -33,7 +33,7 @@ FOLDERS = {
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
-    "fast": ("inputs", "library", "adam", "triton_kernels", "weights"),
+    "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
 }  # fmt: skip
 LAB = ("models", "tasks", "training", "measured", "notebook")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
