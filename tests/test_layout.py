@@ -29,12 +29,13 @@ ROOMS += ("memory", "optimizers", "fast")
 # The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
 FOLDERS = {
     "adapters": ("targets", "model", "peft_config", "peft_files"),
+    "nf4": ("codebook", "weight"),
     "qlora": ("state", "layer", "model"),
     "memory": (
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
-    "fast": ("inputs", "library", "adam", "triton_kernels", "weights"),
+    "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
 }  # fmt: skip
 # A file of lab imports rooms, and files of lab that stand before it.
 LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "models")
