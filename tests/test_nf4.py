@@ -64,12 +64,9 @@ def test_the_sixteen_values_are_bitsandbytes():
 
 
 def test_the_values_do_not_hang_on_the_default_dtype(other_default_dtype):
-    """They are made at the first use, which may be while a model of another dtype is loaded."""
-    nf4._nf4_values.cache_clear()
-    try:
-        assert same_bits(nf4_codebook(), CODEBOOK)
-    finally:
-        nf4._nf4_values.cache_clear()
+    """They are made on import, which may be while a model of another dtype is loaded."""
+    assert nf4.codebook._nf4_values() == nf4.NF4_VALUES
+    assert same_bits(nf4_codebook(), CODEBOOK)
 
 
 def test_the_values_are_quantiles_by_another_library():
@@ -314,7 +311,7 @@ def test_pieces_leave_no_seam(data, piece, block_size, count, seed):
     w = normal(count, seed=seed, dtype=dtype)
     whole = quantize_blockwise(w, nf4_codebook(), block_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nf4, "PIECE", piece)
+        patch.setattr(nf4.weight, "PIECE", piece)
         q = quantize_nf4(w, block_size)
         back = dequantize_nf4(q)
     assert torch.equal(q.packed, pack(whole.indices))

@@ -19,11 +19,11 @@ class DequantizeAndMultiply(torch.autograd.Function):
     """x Ŵᵀ + bias; Ŵ lives only while it is multiplied with, once forward and once backward."""
 
     @staticmethod
-    def forward(ctx, x, bias, layer, *stored):
+    def forward(ctx, x, bias, layer, packed, *constants):
         ctx.layer = layer
-        ctx.save_for_backward(*stored)  # tensors that the layer holds anyway: no byte more
+        ctx.save_for_backward(packed, *constants)  # tensors that the layer holds anyway: no byte more
         with _without_autocast(x):
-            return F.linear(x, layer.dequantize(layer.assemble(*stored), x.dtype), bias)
+            return F.linear(x, layer.dequantize(layer.assemble(packed, *constants), x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):
