@@ -19,11 +19,10 @@ import math
 import os
 import random
 import sys
+import tomllib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "companion" / "lora2qlora"
