@@ -360,6 +360,7 @@ def test_a_transformers_that_is_too_old_is_named_before_anything_is_done(
         (SafetensorError("header too small"), "failed: SafetensorError: header too small"),
         (Exception("No space left on device (os error 28)"), "is full: a converted SmolLM2-135M takes"),
         (SafetensorError("Permission denied (os error 13)"), "cannot be written"),
+        (ImportError("No module named 'gguf'"), "failed: ImportError: No module named 'gguf'"),
         (FileNotFoundError("no such file"), "^no such file$"),
     ],
 )
@@ -385,12 +386,13 @@ def test_every_failure_of_a_conversion_is_an_oserror_and_leaves_nothing(
     assert released == [[]]  # tidied under the lock: after it, what lies there is another process's
 
 
-def test_an_interrupt_is_no_failure_and_leaves_nothing(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_what_no_upgrade_would_mend_stays_what_it_is_and_leaves_nothing(tiny, tmp_path, monkeypatch, kind):
     def interrupt(gguf, directory):
         directory.mkdir()
-        raise KeyboardInterrupt
+        raise kind
 
     monkeypatch.setattr(conversion, "write_model", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(kind):
         conversion.convert_gguf(*tiny, tmp_path / "tiny")
     assert not whole_models(tmp_path)
