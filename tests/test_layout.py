@@ -28,7 +28,7 @@ ROOMS += ("memory", "optimizers", "fast")
 FOLDERS = {
     "adapters": ("targets", "model", "peft_config", "peft_files"),
     "nf4": ("codebook", "weight"),
-    "qlora": ("state", "layer", "model"),
+    "qlora": ("state", "checks", "layer", "model"),
     "memory": (
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
     ),
