@@ -134,12 +134,12 @@ class NF4Linear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         """As any module, but a layer is loaded whole or, where anything is wrong, not at all.
 
-        Its tensors come together, strict or not, the bias and the form among them: a transposed weight has
-        as many packed bytes, and other blocks may have as many constants. Nothing stored is cast. Other
-        layers of the model are loaded, or refused, each for itself.
+        Its tensors come together and alone, strict or not (torch says so only afterwards), the bias and the
+        form among them: a transposed weight has as many packed bytes, and other blocks may have as many
+        constants. Nothing stored is cast. A model's other layers are loaded or refused each for itself.
         """
         assign = metadata.get("assign_to_params_buffers", False)
-        if wrong := loading_misfits(self, state_dict, prefix, strict, assign):
+        if wrong := loading_misfits(self, state_dict, prefix, assign):
             errors.extend(wrong)
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -65,9 +65,7 @@ def shapes_alone(weight: Tensor | NF4Weight, block_size: int, group_size: int | 
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, block_size)
 
 
-def loading_misfits(
-    layer: nn.Module, state_dict: dict, prefix: str, strict: bool, assign: bool = False
-) -> list[str]:
+def loading_misfits(layer: nn.Module, state_dict: dict, prefix: str, assign: bool = False) -> list[str]:
     """What is wrong with a state dict that has tensors of an NF4Linear; nothing where it has none at all."""
     own = {**dict(layer.named_buffers()), "bias": layer.bias}
     known = [*own, "_extra_state"]
@@ -75,8 +73,7 @@ def loading_misfits(
     if not given:
         return []
     needed = [name for name in known if name != "bias" or layer.bias is not None]
-    others = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)} - set(needed)
-    stray = sorted(name for name in others if strict or name == "bias")
+    stray = sorted({key[len(prefix) :] for key in state_dict if key.startswith(prefix)} - set(needed))
     wrong = misfits({name: given[name] for name in layer.names if name in given}, own, prefix)
     wrong += form_misfits(layer, given.get("_extra_state"), prefix)
     if "bias" in given and layer.bias is not None:
