@@ -33,7 +33,7 @@ FOLDERS = {
         "base_name", "peft_types", "peft_config", "folder", "peft_files",
     ),
     "nf4": ("codebook", "weight"),
-    "qlora": ("state", "layer", "model"),
+    "qlora": ("state", "checks", "layer", "model"),
     "memory": (
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
     ),
