@@ -8,12 +8,13 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 # environment.yml is the one list of versions; it is read before anything is installed.
 MODELS := $(shell sed -n 's/^\# no-deps: //p' environment.yml)
+MUTMUT := $(shell sed -n 's/^\# mutants: //p' environment.yml)
 NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 # No notebook and no test may reach a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
 PAGE   := _build/html/index.html
 
-.PHONY: help setup book test test-fast test-browser bench fuzz drift drift-here versions-page outputs lab lint \
+.PHONY: help setup book test test-fast test-browser bench mutants fuzz drift drift-here versions-page outputs lab lint \
   format repository data clean
 
 help:  ## this list
@@ -64,9 +65,19 @@ test-browser: book  ## the built pages in headless Chromium (CHROMIUM=path if it
 bench: setup  ## that the fast paths are fast; on a machine that does nothing else
 	@$(OFFLINE) $(BIN)/python -m pytest tests -m bench
 
+$(VENV)/mutants: environment.yml $(VENV)/.installed
+	@echo "==> $(MUTMUT), in a folder of their own"
+	@rm -rf $@
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ $(MUTMUT)
+
+mutants: setup $(VENV)/mutants  ## do the tests notice a planted defect? ROOM=nf4, SAMPLE=200
+	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/mutants $(BIN)/python tests/mutants.py \
+	  $(if $(ROOM),--room $(ROOM)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(AGAIN),--again)
+
 fuzz: setup  ## COUNT=1000000 damaged files and states, or SECONDS=60; SEED=123 COUNT=1 tries one again
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_runner.py --seed $(or $(SEED),0) \
 	  --count $(or $(COUNT),1000000) --seconds $(or $(SECONDS),inf)
+
 drift:  ## build throw-away stacks of other versions and check each (STACKS="oldest colab", FRESH=1)
 	@$(PYTHON) tests/drift.py $(STACKS) $(if $(FRESH),--fresh)
 

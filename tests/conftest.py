@@ -46,6 +46,17 @@ def no_network():
         yield
 
 
+@pytest.fixture(params=["float64", "bfloat16"])
+def other_default_dtype(request):
+    """Another default dtype of torch, as while transformers loads a model of that dtype."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, request.param))
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(path, SHA-256) of a tiny GGUF that lies in an importable package `tiny_package`."""

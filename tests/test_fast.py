@@ -36,6 +36,9 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+NUMBERS = normal(4096)
+
+
 def same_bits(a, b):
     """Equal to the last bit, 0.0 and -0.0 told apart."""
     as_int = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.itemsize]
@@ -700,6 +703,24 @@ def test_adam_takes_the_plain_steps(count, decay):
         a, b = (o.state[p] for o, p in ((one, plain), (other, ours)))
         torch.testing.assert_close(a[f"{name}_absmax"], b[f"{name}_absmax"], rtol=1e-5, atol=0)
         assert (a[name] != b[name]).float().mean() < 1e-3
+
+
+def test_adam_does_not_hang_on_the_default_dtype(other_default_dtype):
+    codebooks = dynamic_codebook(), optimizers.unsigned_dynamic_codebook()
+    group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+
+    def stepped():
+        x, grad, zeros = NUMBERS.clone(), NUMBERS.flip(0), torch.zeros(4096, dtype=torch.uint8)
+        states = [
+            BlockwiseQuantized(zeros.clone(), torch.zeros(16, dtype=torch.float32), x.shape, x.dtype, 256)
+            for _ in codebooks
+        ]
+        fast.adam_step_8bit(x, grad, *states, 1, group, codebooks)
+        return [x, *(t for q in states for t in (q.indices, q.absmax))]
+
+    got = stepped()
+    torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, stepped(), strict=True))
 
 
 def test_the_search_finds_every_code():
