@@ -13,15 +13,19 @@ import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from lora2qlora.lab import cache, conversion, models
+from lora2qlora.lab import cache, conversion, models, sources
 from lora2qlora.lab.models import load_small_lm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny_gguf import COMMAND
 
 
@@ -239,3 +243,156 @@ def test_two_real_processes_at_once(tiny, tmp_path):
         assert process.returncode == 0, errors
         assert out.strip() == str(target)
     assert cache.is_complete(target)
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def right(tiny, tmp_path_factory):
+    """The fingerprint of the tiny model, as a right conversion gives it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = conversion.convert_gguf(*tiny, tmp_path_factory.mktemp("right") / "tiny")
+    return conversion.fingerprint(
+        AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
+    )
+
+
+def wrong_eos(directory):
+    edit_json(directory / "tokenizer_config.json", eos_token="<|im_start|>")
+
+
+def no_padding(directory):
+    edit_json(directory / "tokenizer_config.json", pad_token=None)
+
+
+def another_stop(directory):
+    edit_json(directory / "generation_config.json", eos_token_id=1)
+
+
+def lower_case(directory):
+    edit_json(directory / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+
+def one_weight(directory):
+    tensors = load_file(directory / "model.safetensors")
+    next(iter(tensors.values())).view(torch.int32)[0] ^= 1
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (wrong_eos, r"eos: got '<\|im_start\|>', expected '<\|im_end\|>'\neos_id: got 1, expected 2"),
+        (no_padding, r"pad: got None, expected '<\|im_end\|>'"),
+        (another_stop, "stop_id: got 1, expected 2"),
+        (lower_case, r"the ids of 'The capital of France is Paris\.': got \["),
+        (one_weight, "weights: got '[0-9a-f]{64}', expected '[0-9a-f]{64}'"),
+    ],
+)
+def test_another_model_than_the_one_meant_is_refused(tiny, right, tmp_path, monkeypatch, damage, said):
+    write_model = conversion.write_model
+
+    def write_wrong(gguf, directory):
+        write_model(gguf, directory)
+        damage(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_model", write_wrong)
+        with pytest.raises(cache.ConversionError, match=said) as caught:
+            conversion.convert_gguf(*tiny, tmp_path / "tiny", expected=right)
+    for package, version in cache.versions().items():
+        assert f"{package} {version}" in str(caught.value)
+    assert "made another model of tiny.gguf" in str(caught.value)
+    assert "pip install --upgrade 'transformers>=5.23,<6'" in str(caught.value)
+    assert not whole_models(tmp_path)
+    assert conversion.convert_gguf(*tiny, tmp_path / "tiny", expected=right).is_dir()
+
+
+def test_differences_are_those_of_what_is_expected_and_no_others():
+    expected = {"eos": "a", "ids": {"x": [1], "y": [2]}}
+    assert (
+        conversion.differences({"eos": "a", "more": 1, "ids": {"x": [1], "y": [2], "z": [3]}}, expected) == []
+    )
+    assert conversion.differences({"ids": {"x": [1, 1]}}, expected) == [
+        "eos: got None, expected 'a'",
+        "the ids of 'x': got [1, 1], expected [1]",
+        "the ids of 'y': got None, expected [2]",
+    ]
+
+
+def test_the_sources_fingerprint_is_what_is_asked_for(installed, tiny, monkeypatch):
+    source = replace(sources.MODELS["tiny"], fingerprint={"eos": "x", "ids": {}})
+    with pytest.raises(OSError, match=r"eos: got '<\|im_end\|>', expected 'x'"):
+        conversion.find_package_model(source)
+    assert not whole_models(installed)
+    assert sources.MODELS["smollm2-135m"].fingerprint["eos"] == "<|im_end|>"
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.17.0", "5.18.0.dev0"])
+def test_a_transformers_that_is_too_old_is_named_before_anything_is_done(
+    tiny, tmp_path, monkeypatch, version
+):
+    made = {"transformers": version, "tokenizers": "0.22.2", "gguf": "0.19.0"}
+    (tmp_path / "tiny").mkdir()  # what an older converter left
+    (tmp_path / "tiny" / "model.safetensors").write_text("of use to whoever made it")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "versions", lambda: made)
+        patch.setattr(conversion, "versions", lambda: made)
+        patch.setattr(conversion, "write_model", lambda *_: pytest.fail("converted"))
+        expected = (
+            rf"(?s)transformers {version}, tokenizers 0\.22\.2, gguf 0\.19\.0: below .*5\.18.*--upgrade"
+        )
+        with pytest.raises(cache.ConversionError, match=expected):
+            conversion.convert_gguf(*tiny, tmp_path / "tiny")
+    assert (tmp_path / "tiny" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AttributeError("'LlamaConfig' has no quantization_config"), "failed: AttributeError: 'LlamaConfig'"),
+        (SafetensorError("header too small"), "failed: SafetensorError: header too small"),
+        (Exception("No space left on device (os error 28)"), "is full: a converted SmolLM2-135M takes"),
+        (SafetensorError("Permission denied (os error 13)"), "cannot be written"),
+        (ImportError("No module named 'gguf'"), "failed: ImportError: No module named 'gguf'"),
+        (FileNotFoundError("no such file"), "^no such file$"),
+    ],
+)
+def test_every_failure_of_a_conversion_is_an_oserror_and_leaves_nothing(
+    tiny, tmp_path, monkeypatch, error, said
+):
+    def fail(gguf, directory):
+        directory.mkdir()
+        raise error
+
+    released = []
+
+    class Lock(FileLock):
+        def __exit__(self, *exception):
+            released.append([path.name for path in whole_models(tmp_path)])
+            super().__exit__(*exception)
+
+    monkeypatch.setattr(conversion, "write_model", fail)
+    monkeypatch.setattr(conversion, "FileLock", Lock)
+    with pytest.raises(OSError, match=said) as caught:
+        conversion.convert_gguf(*tiny, tmp_path / "tiny")
+    assert error in (caught.value, caught.value.__cause__)
+    assert released == [[]]  # tidied under the lock: after it, what lies there is another process's
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_what_no_upgrade_would_mend_stays_what_it_is_and_leaves_nothing(tiny, tmp_path, monkeypatch, kind):
+    def interrupt(gguf, directory):
+        directory.mkdir()
+        raise kind
+
+    monkeypatch.setattr(conversion, "write_model", interrupt)
+    with pytest.raises(kind):
+        conversion.convert_gguf(*tiny, tmp_path / "tiny")
+    assert not whole_models(tmp_path)

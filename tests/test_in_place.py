@@ -1,9 +1,12 @@
 """lab.in_place: what is done to a model reaches what it should, and nothing else."""
 
 import copy
+import inspect
+import json
 
 import pytest
 import torch
+from lora2qlora.adapters import add_lora, lora_layers, merge_lora, remove_lora
 from lora2qlora.lab import in_place, models, training
 from lora2qlora.nf4 import dequantize_nf4, quantize_nf4
 from toy import toy_task
@@ -131,3 +134,70 @@ def test_mixed_precision_computes_in_bfloat16_and_updates_in_float32(model, toke
     first, last = (runs[0][i].loss for i in (0, -1))
     assert last < 0.95 * first
     assert runs[1][-1].loss == pytest.approx(last, rel=0.02)  # weights cached across steps would stand still
+
+
+def test_a_copy_in_bfloat16_runs_its_own_weights(model):
+    ids = torch.arange(3, 9)[None]
+    in_place.compute_in_bfloat16(model)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        copied = copy.deepcopy(model)
+        copied.lm_head.weight.zero_()
+        assert copied(input_ids=ids).logits.eq(0).all()
+        assert torch.equal(model(input_ids=ids).logits, before)
+        model.lm_head.weight.zero_()
+        copied.lm_head.weight.fill_(1)
+        assert copied(input_ids=ids).logits.ne(0).any()
+
+
+def test_a_merged_copy_in_bfloat16_does_not_notice_what_becomes_of_the_original(model):
+    ids = torch.arange(3, 9)[None]
+    add_lora(model, ["q_proj", "up_proj"], 4, 8)
+    in_place.compute_in_bfloat16(model)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    with torch.no_grad():
+        merged = merge_lora(model)
+        before = merged(input_ids=ids).logits
+        assert (before - model(input_ids=ids).logits).abs().max() < 0.1 * before.abs().max()
+        remove_lora(model)
+        assert not torch.equal(model(input_ids=ids).logits, before)
+        assert torch.equal(merged(input_ids=ids).logits, before)
+
+
+def test_bfloat16_is_autocast_of_the_whole_forward_to_the_bit(model):
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    assert in_place.compute_in_bfloat16(model) is model
+    ids = torch.arange(3, 9)[None]
+    found = model(input_ids=ids, labels=ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = other(input_ids=ids, labels=ids)
+    assert torch.equal(found.logits, expected.logits)
+    assert found.logits.dtype == torch.bfloat16
+    found.loss.backward()
+    expected.loss.backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_bfloat16_changes_nothing_that_transformers_looks_at(model, tmp_path):
+    kind, signature = type(model), inspect.signature(model.forward)
+    in_place.compute_in_bfloat16(model)
+    assert isinstance(model, kind)
+    assert (type(model).__name__, type(model).__module__) == (kind.__name__, kind.__module__)
+    assert inspect.signature(model.forward) == signature  # generate reads from it what a model takes
+    assert model.config._attn_implementation == "eager"
+    assert not [key for key in vars(model) if key == "forward"]
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [kind.__name__]
+    assert kind(model.config)(input_ids=torch.tensor([[3]])).logits.dtype == torch.float32  # the class is not
+
+
+def test_bfloat16_is_refused_where_the_forward_is_the_instances(model):
+    model.forward = model.forward
+    kind = type(model)
+    with pytest.raises(ValueError, match="forward was replaced, as accelerate does"):
+        in_place.compute_in_bfloat16(model)
+    assert type(model) is kind

@@ -1,12 +1,16 @@
 """lab.models: where a base model is found, what is loaded, and what happens when that fails."""
 
 import hashlib
+import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from lora2qlora.lab import measured, models
 from lora2qlora.lab.tasks import load_text
+from safetensors.torch import load_file, save_file
 from tiny_gguf import COMMAND
 
 
@@ -161,3 +165,136 @@ def test_a_small_model_that_is_not_whole_is_refused(tmp_path, monkeypatch, name,
         (folder / name).write_bytes(content)
     with pytest.raises(OSError, match=r"(?s)small language model is not whole: .*Reinstall lora2qlora"):
         models.load_small_lm()
+
+
+# Damaged files ------------------------------------------------------------------------------------
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def scramble(path):
+    """Other bytes, as many: what a check of sizes cannot see."""
+    path.write_bytes(b"{" * path.stat().st_size)
+
+
+def empty_list(path):
+    path.write_text("[]".ljust(path.stat().st_size))
+
+
+def lack_a_weight(path):
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def wider(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 96}))
+
+
+def delete(path):
+    path.unlink()
+
+
+DAMAGES = [
+    ("model.safetensors", cut),
+    ("model.safetensors", scramble),
+    ("model.safetensors", lack_a_weight),
+    ("model.safetensors", delete),
+    ("tokenizer.json", cut),
+    ("tokenizer.json", scramble),
+    ("tokenizer_config.json", scramble),
+    ("config.json", cut),
+    ("config.json", scramble),
+    ("config.json", empty_list),
+    ("config.json", wider),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
+def test_a_damaged_model_in_the_hubs_cache_is_an_oserror_with_its_folder(
+    installed, tmp_path, monkeypatch, file, damage
+):
+    models.load_base_model("tiny")
+    (converted,) = (d for d in installed.iterdir() if d.is_dir())
+    folder = tmp_path / "hub" / "models--me--x"
+    snapshot = shutil.copytree(converted, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    model, _ = models.load_base_model("me/x")
+    assert model.name_or_path == "me/x"
+    damage(snapshot / file)
+    with pytest.raises(
+        OSError, match=rf"(?s)cannot load 'me/x' \({folder}\): if a file in .* remove that folder"
+    ):
+        models.load_base_model("me/x")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("model.safetensors", scramble), ("tokenizer.json", scramble), ("config.json", empty_list)],
+)
+def test_a_converted_model_that_was_damaged_later_is_an_oserror_with_its_folder(installed, file, damage):
+    models.load_base_model("tiny")
+    (converted,) = (d for d in installed.iterdir() if d.is_dir())
+    damage(converted / file)
+    with pytest.raises(
+        OSError, match=rf"(?s)cannot load 'tiny' \({converted}\): if a file in .* remove that folder"
+    ):
+        models.load_base_model("tiny")
+    shutil.rmtree(converted)
+    models.load_base_model("tiny")
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no bitsandbytes"), MemoryError(), torch.OutOfMemoryError("full")]
+)
+def test_what_is_no_fault_of_the_files_stays_what_it_is(installed, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    models.load_base_model("tiny")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(type(error)) as caught:
+        models.load_base_model("tiny")
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("name", ["a b/c", "../..", "-/x"])
+def test_a_name_that_the_hub_could_not_have_is_an_oserror(installed, name):
+    with pytest.raises(OSError, match="check its name too"):
+        models.load_base_model(name)
+
+
+def test_fp32_weights_that_are_no_safetensors_are_named(tiny, monkeypatch):
+    monkeypatch.syspath_prepend(str(tiny[0].parent.parent))
+    sha256 = hashlib.sha256((tiny[0].parent / "__init__.py").read_bytes()).hexdigest()
+    source = models.ModelSource("nobody/tiny", "tiny_package", "__init__.py", sha256, "pip install tiny")
+    monkeypatch.setitem(models.FP32_WEIGHTS, "tiny", source)
+    with pytest.raises(OSError, match=r"__init__\.py is no safetensors file"):
+        models.load_fp32_weights("tiny")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_a_small_model_whose_sums_were_cut_is_refused(tmp_path, monkeypatch, name):
+    folder = shutil.copytree(models.SMALL_LM, tmp_path / "small_lm")
+    monkeypatch.setattr(models, "SMALL_LM", folder)
+    sums = (folder / "SHA256SUMS").read_text().splitlines()
+    (folder / "SHA256SUMS").write_text("\n".join(line for line in sums if not line.endswith(name)))
+    with pytest.raises(
+        OSError, match=rf"not whole: .*SHA256SUMS has no line for {name}\..*Reinstall lora2qlora"
+    ):
+        models.load_small_lm()
+
+
+@pytest.mark.slow
+def test_the_real_model_has_the_fingerprint_that_its_source_promises():
+    found = models.fingerprint(*models.load_base_model())
+    assert found == models.MODELS["smollm2-135m"].fingerprint
+
+
+def test_everything_is_importable_from_here():
+    assert all(hasattr(models, name) for name in models.__all__)

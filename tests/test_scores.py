@@ -1,5 +1,6 @@
 """lab.scores: losses, greedy answers, choices and perplexity, against torch and by hand."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -99,3 +100,85 @@ def test_mean_loss_weighs_answer_tokens_alike_whatever_the_batches(model, tokeni
     assert scores.mean_loss(model, task, tokenizer, split="test", limit=1) != pytest.approx(total / count)
     with pytest.raises(ValueError, match="toy's test split gives none"):
         scores.mean_loss(model, task, tokenizer, split="test", limit=0)
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def with_row(column, value):
+    columns = {"input": ["a", "b"], "target": ["yes", "no"]}
+    columns[column][1] = value
+    return replace(toy_task(), test=Dataset.from_dict(columns))
+
+
+@pytest.mark.parametrize("score", [scores.evaluate, scores.mean_loss])
+@pytest.mark.parametrize("column", ["input", "target"])
+@pytest.mark.parametrize("value", [None, " "])
+def test_a_bad_row_is_named_and_a_limit_before_it_is_not_hurt(model, tokenizer, score, column, value):
+    task = with_row(column, value)
+    with pytest.raises(ValueError, match=rf"row 1 of toy's test split: its column '{column}' must be text"):
+        score(model, task, tokenizer, split="test")
+    score(model, task, tokenizer, split="test", limit=1)
+
+
+def test_a_split_that_is_not_there_is_named(model, tokenizer):
+    with pytest.raises(ValueError, match="toy has no validation split"):
+        scores.mean_loss(model, toy_task(), tokenizer)
+
+
+def test_a_batch_without_an_answer_is_refused(model):
+    labels = torch.tensor([[5, IGNORED, IGNORED]])  # the first token is never predicted
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": labels, "attention_mask": torch.ones(1, 3)}
+    with pytest.raises(ValueError, match="no answer token to predict, nothing is left to train"):
+        scores.answer_loss(model, batch)
+    batch["labels"] = torch.tensor([[IGNORED, IGNORED, 7]])
+    assert scores.answer_loss(model, batch) > 0
+
+
+def test_prompts_and_labels_that_are_no_text_are_named(model, tokenizer):
+    with pytest.raises(ValueError, match="prompt 1 must be text that is not blank, got None"):
+        scores.generate(model, tokenizer, ["a", None], max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt 0 must be text that is not blank, got ''"):
+        scores.choose(model, tokenizer, [""], ("a",))
+    with pytest.raises(ValueError, match="a label must be text that is not blank, got None"):
+        scores.choose(model, tokenizer, ["x:"], ("a", None))
+
+    class Deaf:
+        def __call__(self, text, **options):
+            return {"input_ids": []}
+
+    with pytest.raises(ValueError, match="the label 'a' gives no token to choose by"):
+        scores.choose(model, Deaf(), ["x:"], ("a",))
+
+
+@pytest.mark.parametrize("size", [0, -2])
+def test_a_batch_holds_at_least_one(model, tokenizer, size):
+    calls = [
+        lambda: scores.generate(model, tokenizer, ["a"], 1, batch_size=size),
+        lambda: scores.choose(model, tokenizer, ["a"], ("a",), batch_size=size),
+        lambda: scores.mean_loss(model, toy_task(), tokenizer, split="test", batch_size=size),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+            call()
+
+
+def test_a_tokenizer_without_padding_is_named(model, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    for score in (scores.evaluate, scores.mean_loss):
+        with pytest.raises(ValueError, match="the tokenizer has no padding token"):
+            score(model, toy_task(), tokenizer, split="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, 'a string, or a Dataset with a column "text", got None'),
+        (Dataset.from_dict({"input": ["a"]}), 'with a column "text"'),
+        (Dataset.from_dict({"text": ["a", None]}), 'row 1: its column "text" must be text, got None'),
+    ],
+)
+def test_perplexity_of_what_is_no_text(model, tokenizer, text, said):
+    with pytest.raises(ValueError, match=said):
+        scores.perplexity(model, text, tokenizer)

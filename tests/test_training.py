@@ -72,3 +72,19 @@ def test_train_refuses_what_cannot_train(model, tokenizer):
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="0 such parameters"):
         training.train(model, batches, steps=1, learning_rate=1e-3)
+
+
+def test_a_batch_that_is_all_prompt_is_no_matter_of_the_learning_rate(model, tokenizer):
+    batch = next(training.make_batches(toy_task(), tokenizer, batch_size=4))
+    batch["labels"].fill_(training.IGNORED)
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        training.train(model, [batch], steps=1, learning_rate=1e-3)
+    assert not model.training
+
+
+def test_everything_is_importable_from_here():
+    assert all(hasattr(training, name) for name in training.__all__)
+    for (
+        name
+    ) in "encode collate make_batches answer_loss generate choose evaluate mean_loss perplexity".split():
+        assert name in training.__all__

@@ -72,9 +72,9 @@ def is_complete(directory: Path) -> bool:
 def explain_cache_error(error: Exception, cache: Path) -> Exception:
     """The same failure in words that say what would do: a cache that cannot be written, or a conversion.
 
-    What is an OSError in words of its own comes back as it is.
+    What has words of its own comes back as it is: another OSError, or a MemoryError.
     """
-    if isinstance(error, ConversionError):
+    if isinstance(error, ConversionError | MemoryError):
         return error
     number = getattr(error, "errno", None)
     text = str(error).lower()

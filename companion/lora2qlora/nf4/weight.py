@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lora2qlora.blockwise import check_input, check_size, quantize_blockwise, scale_blocks, table
+from lora2qlora.blockwise import check_input, check_size, has_numbers, quantize_blockwise, scale_blocks, table
 from lora2qlora.nf4.codebook import NF4_VALUES, ZERO, nf4_codebook
 
 PIECE = 2**18  # elements worked on at a time
@@ -34,6 +34,23 @@ class NF4Weight:
     def nbytes(self) -> int:
         """[bytes] of the codes and of all constants kept for them."""
         return self.packed.nbytes + self.absmax.nbytes
+
+    # What models ask of a layer's weight without its numbers.
+    requires_grad, layout = False, torch.strided
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
 
     def to(self, *arguments, **options) -> "NF4Weight":
         """The same weight on another device, as `Tensor.to`; the packed bytes never change their dtype."""
@@ -71,7 +88,7 @@ def quantize_nf4(w: Float[Tensor, "..."], block_size: int = 64) -> NF4Weight:
     packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=w.device)
     step = _piece(block_size)
-    for start in range(0, flat.numel(), step):
+    for start in _starts(flat, step):
         q = quantize_blockwise(flat[start : start + step], codebook, block_size)
         packed[start // 2 : (start + step) // 2] = pack(q.indices)
         absmax[start // block_size : (start + step) // block_size] = q.absmax
@@ -105,7 +122,7 @@ def dequantize_nf4(
         return out
     flat, codebook = out.view(-1), table(NF4_VALUES, out)
     step = _piece(q.block_size)
-    for start in range(0, flat.numel(), step):
+    for start in _starts(flat, step):
         piece = flat[start : start + step]
         codes = unpack(q.packed[start // 2 : (start + step) // 2], len(piece))
         values = codebook[codes.int()]
@@ -132,6 +149,11 @@ def _(w, block_size):
 @torch.library.custom_op("lora2qlora::dequantize_nf4", mutates_args={"out"})
 def _dequantize_whole(packed: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
     dequantize_nf4(NF4Weight(packed, absmax, out.shape, out.dtype, block_size), out=out)
+
+
+def _starts(flat: Tensor, step: int) -> range:
+    """Where pieces begin. Without numbers two will do: shapes, and the most memory, are known then."""
+    return range(0, flat.numel() if has_numbers(flat) else min(flat.numel(), 2 * step), step)
 
 
 def _piece(block_size: int) -> int:
