@@ -74,7 +74,7 @@ class Workshop:
             tracer = coverage.Coverage(data_file=None, source=[str(slot / "lora2qlora")], config_file=False)
             tracer.start()
             choice = Choice(tracer=tracer)
-            pytest.main([*PYTEST[1:], *files], plugins=[choice])
+            code = pytest.main([*PYTEST[1:], *files], plugins=[choice])
             tracer.stop()
             data, lines = tracer.get_data(), {}
             for path in data.measured_files():
@@ -83,7 +83,7 @@ class Workshop:
             modules = [name for name in sys.modules if not name.startswith(("lora2qlora", "test_", "__"))]
             passed = {t: s for t, s in choice.seconds.items() if t not in choice.failed}
             kept.write_bytes(pickle.dumps((passed, choice.uses, lines, modules, choice.failed)))
-            return 0
+            return 0 if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and passed else BROKEN
 
         if code := _wait(self._child(slot, work)):
             raise RuntimeError(f"counting lines failed ({code}):\n{(slot / 'log').read_text()[-2000:]}")
