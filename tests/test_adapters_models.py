@@ -444,7 +444,8 @@ def test_every_adapter_of_a_family_computes(make, targets, refused):
         with pytest.raises(ValueError, match=refused):
             add_lora(model, "all-linear", 4, 8)
         assert_unchanged(model, before)
-    with torch.no_grad():  # which product torch takes hangs on what requires a gradient
+    model.requires_grad_(False)  # which kernel torch takes hangs on that, and the last bit on the kernel
+    with torch.no_grad():
         expected = run(model)
         assert add_lora(model, targets, 4, 8)
         assert torch.equal(run(model), expected)
