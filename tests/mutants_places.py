@@ -32,7 +32,7 @@ def changes(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
         return
     for kind, operator in mutation_operators:
         if isinstance(node, kind):
-            made = list(operator(node))
+            made = [new for new in operator(node) if not _drops_strict(node, new)]
             yield from made[:1] if operator is operator_string else made  # not in capitals as well
 
 
@@ -69,8 +69,21 @@ class _Finder(cst.CSTVisitor):
         return place.start.line, place.end.line
 
 
+def _drops_strict(node: cst.CSTNode, new: cst.CSTNode) -> bool:
+    """Whether the one is a call with strict=..., which guards against slips of ours, and the other is not."""
+    return (
+        isinstance(node, cst.Call) and any(map(_is_strict, node.args)) and not any(map(_is_strict, new.args))
+    )
+
+
+def _is_strict(argument: cst.Arg) -> bool:
+    return argument.keyword is not None and argument.keyword.value == "strict"
+
+
 def _is_dull(node: cst.CSTNode) -> bool:
-    """Calls of len and isinstance, __all__, and a docstring or another string that stands alone."""
+    """Calls of len and isinstance, zip's strict, __all__, and a string that stands alone, as a docstring."""
+    if isinstance(node, cst.Arg):
+        return _is_strict(node)
     if isinstance(node, cst.Call):
         return isinstance(node.func, cst.Name) and node.func.value in DULL
     if isinstance(node, cst.Assign):

@@ -18,99 +18,24 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import coverage
 import pytest
-from hypothesis import Phase, settings
+from mutants_choice import Choice
 
-EXAMPLES = 30  # of hypothesis, the same each time and not made smaller
-# A test that hangs on the clock would catch anything under load.
-CLOCK = ("test_every_preset_takes_less_than_50_ms",)
 PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench and not browser")
 PYTEST += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # what is imported before the fork
-
-
 BROKEN = 70  # the exit status where this file fails, and not a test
-
-
-class Choice:
-    """A pytest plugin: keeps the chosen tests, quickest first, and measures what it is asked to."""
-
-    def __init__(
-        self, seconds: dict[str, float] | None = None, tracer: coverage.Coverage | None = None, patience=0.0
-    ):
-        self.chosen, self.tracer, self.patience = seconds, tracer, patience
-        self.set_alarm(0.0)
-        self.seconds, self.failed = {}, []
-        self.uses = {}  # a test's wide fixtures and cached helpers count as its own
-        self.caches = []
-
-    def set_alarm(self, usual: float) -> None:
-        """End this process by SIGALRM where something takes far longer than usual [s]."""
-        if self.patience:
-            signal.setitimer(signal.ITIMER_REAL, self.patience + 10 * usual)
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items):
-        """Drop what is not chosen, order the rest, and keep hypothesis brief."""
-        items[:] = [i for i in items if i.name not in CLOCK]
-        if self.chosen is not None:
-            items[:] = [i for i in items if i.nodeid in self.chosen] or items
-            items.sort(key=lambda i: self.chosen.get(i.nodeid, 0.0))
-        for item in items:
-            if now := getattr(item.obj, "_hypothesis_internal_use_settings", None):
-                brief = settings(
-                    now, max_examples=min(EXAMPLES, now.max_examples), derandomize=True, database=None,
-                    phases=[Phase.explicit, Phase.generate],
-                )  # fmt: skip
-                getattr(item.obj, "__func__", item.obj)._hypothesis_internal_use_settings = brief
-        self.uses = {i.nodeid: {f"fixture {name}" for name in i.fixturenames} for i in items}
-        mine = [m for name, m in sys.modules.items() if name.startswith(("lora2qlora", "test_"))]
-        self.caches = [o for m in mine for o in vars(m).values() if hasattr(o, "cache_clear")]
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        """Measured, a test starts without what others have cached, and its lines are put to its name."""
-        if self.tracer:
-            for cached in self.caches:
-                cached.cache_clear()
-            self.tracer.switch_context(item.nodeid)
-        self.set_alarm((self.chosen or {}).get(item.nodeid, 0.0))
-        start = time.perf_counter()
-        yield
-        self.seconds[item.nodeid] = time.perf_counter() - start
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_fixture_setup(self, fixturedef, request):
-        """Lines of a fixture that tests share belong to all of them."""
-        shared = self.tracer and fixturedef.scope != "function"
-        if shared:
-            self.tracer.switch_context(f"fixture {fixturedef.argname}")
-        yield
-        if shared:
-            self.tracer.switch_context(request.node.nodeid if request.scope == "function" else self.now)
-
-    def pytest_runtest_logstart(self, nodeid):
-        """Remember which test it is."""
-        self.now = nodeid
-
-    def pytest_runtest_logreport(self, report):
-        """Remember what failed."""
-        if report.failed:
-            self.failed.append(report.nodeid)
 
 
 class Workshop:
     """Copies of the package to break, and forks that test them."""
 
     def __init__(self, root: Path, jobs: int, patience: float = 20):
-        self.root, self.jobs, self.patience = (
-            root,
-            jobs,
-            patience,
-        )  # [s] for a test, beside ten times what it took
+        self.root, self.jobs = root, jobs
+        self.patience = patience  # [s] for a test, beside ten times what it took
         os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         sys.path.insert(0, str(root / "tests"))
         self.kept = tempfile.TemporaryDirectory(prefix="mutants-")  # as long as this object
@@ -121,9 +46,10 @@ class Workshop:
             shutil.copytree(package, slot / "lora2qlora", ignore=shutil.ignore_patterns("lab", "__pycache__"))
             (slot / "lora2qlora" / "lab").symlink_to(package / "lab")
 
-    def run(self, room: str, mutants: list, tests: Iterable[str] = ()) -> dict:
-        """caught, time-out or survived for each mutant, in the order given."""
-        files = list(tests) or [str(self.root / "tests" / f"test_{room}.py")]
+    def run(self, room: str, mutants: list) -> dict:
+        """caught, time-out or survived for each mutant, by test_<room>.py and test_<room>_*.py."""
+        tests = self.root / "tests"
+        files = [str(p) for p in (tests / f"test_{room}.py", *sorted(tests.glob(f"test_{room}_*.py")))]
         seconds, lines = self._measure(files)
         self._check_unchanged(files, seconds)
         waiting, running, outcomes = list(mutants), {}, dict.fromkeys(mutants, "")
@@ -148,7 +74,7 @@ class Workshop:
             tracer = coverage.Coverage(data_file=None, source=[str(slot / "lora2qlora")], config_file=False)
             tracer.start()
             choice = Choice(tracer=tracer)
-            pytest.main([*PYTEST[1:], *files], plugins=[choice])
+            code = pytest.main([*PYTEST[1:], *files], plugins=[choice])
             tracer.stop()
             data, lines = tracer.get_data(), {}
             for path in data.measured_files():
@@ -157,7 +83,7 @@ class Workshop:
             modules = [name for name in sys.modules if not name.startswith(("lora2qlora", "test_", "__"))]
             passed = {t: s for t, s in choice.seconds.items() if t not in choice.failed}
             kept.write_bytes(pickle.dumps((passed, choice.uses, lines, modules, choice.failed)))
-            return 0
+            return 0 if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and passed else BROKEN
 
         if code := _wait(self._child(slot, work)):
             raise RuntimeError(f"counting lines failed ({code}):\n{(slot / 'log').read_text()[-2000:]}")

@@ -123,6 +123,10 @@ ROOM = """
         code = "from lora2qlora.tiny import START; sys.exit(START)".replace("sys", "__import__('sys')")
         return subprocess.run([sys.executable, "-c", code]).returncode
 
+    @functools.cache
+    def answer():
+        return 42
+
     def unseen():
         return 1
 """
@@ -148,6 +152,12 @@ CHECKS = """
     def test_b(shared):
         assert shared == 1
 
+    def test_c():
+        assert tiny.answer()
+
+    def test_d():
+        assert tiny.answer() == 42
+
     def test_unseen():
         tiny.unseen()
 """
@@ -166,6 +176,7 @@ def test_a_mutant_is_caught_or_survives_or_hangs(tmp_path):
         ("i += 1", "i += 0"): "time-out",
         ("START = 1", "START = 2"): "caught",
         ("return subprocess", "return 1 + subprocess"): "caught",
+        ("return 42", "return 43"): "caught",
         ("return 1", "return 2"): "survived",
         ("return 1", "1 +"): "caught",  # no Python
     }

@@ -427,6 +427,37 @@ def test_a_meta_layer_has_the_shapes_of_a_real_one(shape, double_quant):
     assert empty.bias is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_meta_layer_remembers_the_weights_dtype_as_a_real_one_does(dtype):
+    for device in ("meta", "cpu"):
+        layer = NF4Linear.from_linear(nn.Linear(64, 8, dtype=dtype, device=device))
+        assert layer.weight.dtype == layer.dtype == dtype
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_constants_do_not_hang_on_the_default_dtype(other_default_dtype, double_quant):
+    layers = [
+        NF4Linear.from_linear(nn.Linear(64, 8, dtype=torch.float32, device=device), double_quant=double_quant)
+        for device in ("meta", "cpu")
+    ]
+    for layer in layers:
+        assert {t.dtype for t in layer.buffers()} == {torch.uint8, torch.float32}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_meta_layer_is_made_from_a_meta_weight_alone(double_quant):
+    layer = NF4Linear.from_linear(nn.Linear(64, 8, device="meta"), double_quant=double_quant)
+    assert all(t.is_meta for t in layer.buffers())
+    with pytest.raises(ValueError, match="block_size must be an int of at least 1, got 0"):
+        NF4Linear.from_linear(nn.Linear(64, 8, device="meta"), block_size=0)
+
+
+def test_the_form_can_be_read_under_any_default_device():
+    layer = quantized(64, 8)
+    with torch.device("meta"):
+        assert layer.get_extra_state().tolist() == [8, 64, 64, 256]
+
+
 @pytest.mark.gpu
 def test_it_moves_to_a_gpu_and_computes_the_same():
     layer = quantized()
