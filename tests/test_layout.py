@@ -26,7 +26,10 @@ ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantizatio
 ROOMS += ("memory", "optimizers", "fast")
 # The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
 FOLDERS = {
-    "adapters": ("targets", "model", "peft_config", "peft_files"),
+    "adapters": (
+        "names", "patterns", "readers", "targets", "checks", "model",
+        "base_name", "peft_types", "peft_config", "folder", "peft_files",
+    ),
     "qlora": ("state", "layer", "model"),
     "memory": (
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",

@@ -5,10 +5,10 @@ from lora2qlora.adapters.model import (
     add_lora,
     count_parameters,
     merge_lora,
-    naming,
     put_adapters,
     remove_lora,
 )
+from lora2qlora.adapters.names import naming
 from lora2qlora.adapters.peft_config import CONFIG
 from lora2qlora.adapters.peft_files import WEIGHTS, load_adapter, save_adapter
 from lora2qlora.adapters.targets import find_targets, lora_layers
