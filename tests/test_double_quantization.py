@@ -19,6 +19,7 @@ from lora2qlora.double_quantization import (
 )
 from lora2qlora.nf4 import dequantize_nf4, quantize_nf4
 from test_blockwise import nearest
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 seeds = st.integers(0, 2**16)
 
@@ -356,9 +357,75 @@ def test_absmax_values_that_are_no_float32_tensor(absmax, name):
         quantize_absmax(absmax)
 
 
-def test_absmax_values_whose_sum_overflows_are_refused():
-    with pytest.raises(ValueError, match="not finite"):
-        quantize_absmax(torch.full((4,), 3e38))
+@pytest.mark.parametrize("values", [[3e38] * 4, [3e38, 2.9e38, 1e38], [3e38, 0.0, 2.8e38, 1e30, 3e38]])
+def test_values_whose_sum_overflows_are_quantized(values):
+    """float32's own mean of them is inf; the scheme needs no number beyond the values themselves."""
+    absmax = torch.tensor(values)
+    assert absmax.mean().isinf()
+    q = quantize_absmax(absmax)
+    assert q.offset.item() == pytest.approx(sum(values) / len(values), rel=1e-6)
+    steps = dynamic_codebook().diff().max().item() * q.scales.max().item()
+    assert (q.dequantize().double() - absmax.double()).abs().max() <= steps / 2 + 1e32
+
+
+def test_values_that_would_come_back_as_inf_are_refused_by_name():
+    """A code is up to half a step above its value, and here the step is beyond float32's largest."""
+    largest = torch.finfo(torch.float32).max
+    for count, comes_back in [(1, True), (2, False), (3, True), (4, True), (5, False)]:
+        absmax = torch.tensor([0.0, *[largest] * count])
+        if comes_back:
+            assert quantize_absmax(absmax).dequantize().isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=r"up to 3\.4028.* come back as inf .*double_quant=False"):
+                quantize_absmax(absmax)
+        assert quantize_absmax(absmax * 0.99).dequantize().isfinite().all()
+
+
+def test_quantizing_records_no_graph():
+    absmax = torch.rand(300, requires_grad=True)
+    q = quantize_absmax(absmax)
+    assert not any(t.requires_grad for t in (q.codes, q.scales, q.offset, q.dequantize()))
+
+
+# Under a tracer, and without numbers.
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on tracing
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_compiles_whole_and_to_the_last_bit(backend):
+    def there_and_back(absmax):
+        q = quantize_absmax(absmax, 100)
+        return q.codes, q.scales, q.offset, q.dequantize()
+
+    absmax = random_absmax("uniform", 1000)
+    compiled = torch.compile(there_and_back, backend=backend, fullgraph=True)
+    for ours, plain in zip(compiled(absmax), there_and_back(absmax), strict=True):
+        assert torch.equal(ours, plain)
+    with pytest.raises(ValueError, match="finite, not negative"):
+        compiled(-absmax)
+
+
+def test_fake_values_have_the_shapes_of_real_ones_and_leave_nothing_behind():
+    absmax = torch.rand(300)
+    with FakeTensorMode():
+        fake = quantize_absmax(torch.empty(300), 100)
+        back = fake.dequantize()
+    real = quantize_absmax(absmax, 100)
+    for ours, theirs in zip(
+        (fake.codes, fake.scales, fake.offset, back),
+        (real.codes, real.scales, real.offset, real.dequantize()),
+        strict=True,
+    ):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert type(theirs) is torch.Tensor
+
+
+def test_the_codebook_is_on_the_cpu_whatever_the_default_device():
+    q = quantize_absmax(torch.rand(300))
+    with torch.device("meta"):
+        again = quantize_absmax(torch.rand(300, device="cpu"))
+        assert torch.equal(q.dequantize(), q.dequantize().cpu())
+    assert again.codes.device.type == "cpu"
 
 
 # On a GPU.

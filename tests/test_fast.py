@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2qlora import fast, nf4, optimizers
 from lora2qlora.adapters import add_lora
+from lora2qlora.blockwise import BlockwiseQuantized
 from lora2qlora.double_quantization import double_quantize, dynamic_codebook
 from lora2qlora.fast import adam, library, weights
 from lora2qlora.lora import LoRALinear
 from lora2qlora.nf4 import nf4_codebook
 from lora2qlora.qlora import NF4Linear, quantize_base
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -323,8 +326,10 @@ def test_a_tensor_without_numbers_of_its_own_takes_the_plain_path():
     assert torch.equal(
         fast.dequantize_nf4(replace(q, absmax=torch._neg_view(-q.absmax))), nf4.dequantize_nf4(q)
     )
-    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
-        fast.quantize_nf4(torch.empty(8, 64))
+    with FakeTensorMode():
+        fake = fast.quantize_nf4(torch.empty(8, 64))
+        assert fast.dequantize_nf4(fake).shape == fast.dequantize_to_scratch(fake, torch.float32).shape
+    assert (fake.packed.shape, fake.absmax.shape) == (q.packed.shape, q.absmax.shape)
 
 
 def test_evaluation_first_does_not_spoil_training(monkeypatch):
@@ -350,6 +355,230 @@ def test_use_fast_reaches_every_layer_and_needs_one():
     assert other.up.dequantize is nf4.dequantize_nf4  # no other model is touched
     with pytest.raises(ValueError, match="Linear has no NF4Linear to make fast: quantize_base first"):
         fast.use_fast(nn.Linear(2, 2))
+
+
+# Whoever traces: raw pointers and the scratch are in no graph.
+
+
+def fast_model(double_quant=True, compute_dtype=torch.float32):
+    """Two layers of one shape, which take turns in the scratch, with adapters that do something."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32))
+    quantize_base(model, ["0", "1", "2"], double_quant, compute_dtype)
+    add_lora(model, ["0", "1", "2"], 4, 8)
+    for layer in model:
+        nn.init.normal_(layer.lora_B)
+    fast.use_fast(model)
+    return model
+
+
+def is_in(graph, name="fast_dequantize_nf4"):
+    return name in str(graph)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on tracing
+@pytest.mark.parametrize(
+    ("backend", "double_quant"),
+    [("eager", True), ("eager", False), ("aot_eager", True), ("aot_eager", False), ("inductor", True)],
+)
+def test_a_compiled_fast_model_computes_and_trains_alike(backend, double_quant):
+    torch._dynamo.reset()  # else many models share one limit
+    model = fast_model(double_quant)
+    x, grad = normal(5, 64, seed=1), normal(5, 32, seed=2)
+    plain = run(model, x, grad)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        for ours, theirs in zip(run(compiled, x, grad), plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_checkpointing_and_another_thread_under_compile():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = fast_model()
+    x, grad = normal(5, 64, seed=1), normal(5, 32, seed=2)
+    plain = run(model, x, grad)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def checkpointed(x):
+        return checkpoint(model, x, use_reentrant=False)
+
+    checkpointed.zero_grad, checkpointed.parameters = model.zero_grad, model.parameters
+    for ours, theirs in zip(run(checkpointed, x, grad), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        found = [f.result() for f in [pool.submit(torch.compile(model, backend="eager"), x) for _ in "ab"]]
+    for y in found:
+        torch.testing.assert_close(y, plain[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates two of them, and warns of sizes it traces
+@pytest.mark.parametrize("how", ["export", "jit", "make_fx"])
+def test_an_exported_or_traced_fast_model_computes_for_other_inputs(how):
+    model, x, other = fast_model().eval(), normal(5, 64, seed=1), normal(5, 64, seed=9)
+    with torch.no_grad():
+        expected = model(other)
+        if how == "export":
+            traced = torch.export.export(model, (x,)).module()
+        elif how == "jit":
+            traced = torch.jit.trace(model, (x,))
+        else:
+            traced = make_fx(model)(x)
+        fast.dequantize_to_scratch(nf4.quantize_nf4(normal(64, 64, seed=5)), torch.float32)
+        torch.testing.assert_close(traced(other), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scratch_is_never_a_tensor_of_a_mode(monkeypatch):
+    """What is allocated under a mode or a transform may be fake, or wrapped, and dies with it."""
+    q = nf4.quantize_nf4(normal(40, 64))
+
+    def product(x):
+        return (x @ fast.dequantize_to_scratch(q, torch.float32).T).sum()
+
+    def without_numbers():
+        with FakeTensorMode() as mode:
+            fake = replace(q, packed=mode.from_tensor(q.packed), absmax=mode.from_tensor(q.absmax))
+            fast.dequantize_to_scratch(fake, torch.float32)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fast.dequantize_to_scratch(q, torch.float32)
+
+    for first in (
+        without_numbers,
+        lambda: torch.func.grad(product)(normal(3, 64)),
+        lambda: torch.vmap(product)(normal(2, 3, 64)),
+        lambda: make_fx(product)(normal(3, 64)),
+    ):
+        monkeypatch.setattr(weights, "_scratch", weights._Scratch())
+        first()
+        assert torch.equal(fast.dequantize_to_scratch(q, torch.float32), nf4.dequantize_nf4(q))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_transforms_of_torch_func_are_right_or_refused():
+    q, x = nf4.quantize_nf4(normal(40, 64)), normal(3, 64)
+    dense = nf4.dequantize_nf4(q)
+
+    def through(function, x):
+        return torch.vmap(lambda row: row @ function(q).T)(x)
+
+    torch.testing.assert_close(through(fast.dequantize_nf4, x), x @ dense.T)
+    gradient = torch.func.grad(lambda x: (x @ fast.dequantize_nf4(q).T).square().sum())(x)
+    torch.testing.assert_close(gradient, 2 * x @ dense.T @ dense)
+    _, tangent = torch.func.jvp(lambda x: x @ fast.dequantize_nf4(q).T, (x,), (x,))
+    torch.testing.assert_close(tangent, x @ dense.T)
+    packed = torch.stack([q.packed, q.packed.flip(0)])
+    for function in (fast.dequantize_nf4, fast.dequantize_to_scratch):
+        with pytest.raises(RuntimeError, match=r"vmap|[Bb]atch"):
+            torch.vmap(lambda bytes, f=function: f(replace(q, packed=bytes), torch.float32))(packed)
+    with pytest.raises(RuntimeError, match=r"vmap|[Bb]atch"):
+        torch.vmap(fast.quantize_nf4)(normal(2, 8, 64))
+    model = fast_model()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: model(x).sum())(normal(3, 64))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_quantizing_under_compile_gives_the_bytes_and_the_errors(backend):
+    w = normal(40, 63)
+
+    def there_and_back(w):
+        q = fast.quantize_nf4(w)
+        return q.packed, q.absmax, fast.dequantize_nf4(q, torch.bfloat16)
+
+    compiled = torch.compile(there_and_back, backend=backend, fullgraph=True)
+    for ours, theirs in zip(compiled(w), there_and_back(w), strict=True):
+        assert torch.equal(ours, theirs)
+    w[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="1 of 2520 numbers are not finite"):
+        compiled(w)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_adam_step_under_compile_writes_its_states(backend):
+    def step(x, grad, m, sm, v, sv, codebooks):
+        states = [
+            BlockwiseQuantized(codes, absmax, x.shape, x.dtype, 256) for codes, absmax in ((m, sm), (v, sv))
+        ]
+        fast.adam_step_8bit(x, grad, *states, 1, group, codebooks)
+        return x * 1
+
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    codebooks = (dynamic_codebook(), optimizers.unsigned_dynamic_codebook())
+    compiled, results = torch.compile(step, backend=backend, fullgraph=True), []
+    for function in (step, compiled):
+        tensors = [normal(5000), normal(5000, seed=1)]
+        for _ in range(2):
+            tensors += [torch.zeros(5000, dtype=torch.uint8), torch.zeros(20)]
+        results.append([function(*tensors, codebooks), *tensors])
+    for plain, ours in zip(*results, strict=True):
+        assert torch.equal(plain, ours)
+    assert results[1][4].count_nonzero() == 20
+
+
+def test_autograd_notices_what_adam_wrote():
+    x, grad, codebooks = (
+        normal(512),
+        normal(512),
+        (dynamic_codebook(), optimizers.unsigned_dynamic_codebook()),
+    )
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    states = [BlockwiseQuantized(torch.zeros(512, dtype=torch.uint8), torch.zeros(2), x.shape, x.dtype, 256)]
+    states += [BlockwiseQuantized(torch.zeros(512, dtype=torch.uint8), torch.zeros(2), x.shape, x.dtype, 256)]
+    fast.adam_step_8bit(x, grad, *states, 1, group, codebooks)
+    assert x._version
+    assert all(q.indices._version and q.absmax._version for q in states)
+
+
+@pytest.mark.parametrize("default", ["meta"])
+def test_the_default_device_has_no_say(default):
+    """A pointer into the meta device is 0."""
+    w, plain = normal(40, 64), nf4.quantize_nf4(normal(40, 64))
+    with torch.device(default):
+        q = fast.quantize_nf4(w)
+        back = fast.dequantize_to_scratch(double_quantize(q), torch.float32)
+        also = nf4.dequantize_nf4(double_quantize(nf4.quantize_nf4(w)))
+    assert torch.equal(q.packed, plain.packed)
+    assert torch.equal(back, nf4.dequantize_nf4(double_quantize(plain)))
+    assert torch.equal(back, also)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+def test_the_triton_kernels_are_operators_too():
+    """Recorded without a GPU: a graph of meta tensors has them, and knows their shapes."""
+    q = nf4.quantize_nf4(normal(40, 64))
+    away = replace(double_quantize(q).to("meta"), dtype=torch.bfloat16)
+
+    def both(x):
+        dense = fast.dequantize_triton(away, torch.empty(40, 64, device="meta"))
+        return fast.matmul_triton(x, away) + x @ dense.T
+
+    graph = make_fx(both)(torch.empty(3, 64, device="meta"))
+    assert is_in(graph.code, "dequantize_triton")
+    assert is_in(graph.code, "matmul_triton")
+    assert both(torch.empty(3, 64, device="meta")).shape == (3, 40)
+
+
+def test_a_call_costs_one_operator_and_no_more(monkeypatch):
+    """What the fast path calls of torch, without a stopwatch: the scratch's views, and its operator."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    q = double_quantize(nf4.quantize_nf4(normal(40, 64)))
+    fast.dequantize_to_scratch(q, torch.float32)
+    with Watch():
+        fast.dequantize_to_scratch(q, torch.float32)
+    assert [name for name in seen if "aten" not in name] == ["lora2qlora.fast_dequantize_nf4.default"]
+    assert len(seen) <= 5  # a slice and views besides
 
 
 # No compiler, no harm.

@@ -30,12 +30,13 @@ FOLDERS = {
         "names", "patterns", "readers", "targets", "checks", "model",
         "base_name", "peft_types", "peft_config", "folder", "peft_files",
     ),
-    "qlora": ("state", "layer", "model"),
+    "nf4": ("codebook", "weight"),
+    "qlora": ("state", "checks", "layer", "model"),
     "memory": (
         "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
-    "fast": ("inputs", "library", "adam", "triton_kernels", "weights"),
+    "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
 }  # fmt: skip
 LAB = ("models", "tasks", "training", "measured", "notebook")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}

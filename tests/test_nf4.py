@@ -304,7 +304,7 @@ def test_pieces_leave_no_seam(data, piece, block_size, count, seed):
     w = normal(count, seed=seed, dtype=dtype)
     whole = quantize_blockwise(w, nf4_codebook(), block_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nf4, "PIECE", piece)
+        patch.setattr(nf4.weight, "PIECE", piece)
         q = quantize_nf4(w, block_size)
         back = dequantize_nf4(q)
     assert torch.equal(q.packed, pack(whole.indices))

@@ -4,13 +4,16 @@ import copy
 import gc
 import io
 import logging
+import pickle
+import re
+import warnings
 import weakref
 from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora2qlora import qlora
@@ -24,11 +27,15 @@ from lora2qlora.adapters import (
 )
 from lora2qlora.double_quantization import QuantizedAbsmax, double_quantize
 from lora2qlora.lora import LoRALinear, merge
+from lora2qlora.memory import storage_bytes
 from lora2qlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from lora2qlora.qlora import NF4Linear, quantize_base
+from lora2qlora.qlora.checks import left_dense
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -821,3 +828,325 @@ def test_a_printed_layer_says_what_it_is():
     assert "in_features=128, out_features=96, bias=True, block_size=64, double quantization" in text
     assert "plain absmax, torch.bfloat16" in repr(NF4Linear(quantize_nf4(normal(64, 128))))
     assert qlora.NF4Linear.__doc__.startswith("y = x Ŵᵀ + bias")
+
+
+# A layer is loaded whole, or not at all.
+
+
+def spoiled():
+    """(what is wrong, a function that makes a good state dict wrong, what is said of it)."""
+    nan = torch.tensor(float("nan"))
+    ways = {
+        "a bias of another shape": (lambda s: s.update(bias=torch.zeros(3)), "size mismatch for bias"),
+        "a bias that is none": (lambda s: s.update(bias=3.0), r"bias must be floats \[96\], got float"),
+        "a bias of ints": (lambda s: s.update(bias=torch.ones(96, dtype=torch.int64)), "int64"),
+        "a NaN in the bias": (lambda s: s.update(bias=s["bias"] * nan), "all finite"),
+        "a bias too large": (lambda s: s.update(bias=s["bias"].double() + 1e39), "all finite"),
+        "no bias": (lambda s: s.pop("bias"), r"Missing key\(s\) \['bias'\]"),
+        "no scales": (lambda s: s.pop("scales"), r"Missing key\(s\) \['scales'\]"),
+        "no packed": (lambda s: s.pop("packed"), r"Missing key\(s\) \['packed'\]"),
+        "the bias alone": (lambda s: [s.pop(n) for n in list(s) if n != "bias"], "Missing key"),
+        "the form alone": (lambda s: [s.pop(n) for n in list(s) if n != "_extra_state"], "Missing key"),
+        "the form is None": (lambda s: s.update(_extra_state=None), "got None"),
+        "the form is text": (lambda s: s.update(_extra_state="x" * 200), "got x"),
+        "the form is meta": (lambda s: s.update(_extra_state=s["_extra_state"].to("meta")), "_extra_state"),
+        "a part on meta": (lambda s: s.update(packed=s["packed"].to("meta")), "no numbers"),
+    }
+    return [pytest.param(*way, id=name) for name, way in ways.items()]
+
+
+@pytest.mark.parametrize(("spoil", "said"), spoiled())
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_layer_is_loaded_whole_or_not_at_all(spoil, said, strict):
+    layer, state = quantized(), quantized(seed=1).state_dict()
+    before, bias = tensors_of(layer), layer.bias.clone()
+    spoil(state)
+    with pytest.raises(RuntimeError, match=said):
+        layer.load_state_dict(state, strict=strict)
+    assert_same(layer, before)
+    assert torch.equal(layer.bias, bias)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("key", ["weight", "absmax", "bias", "packed.more"])
+def test_stray_keys_are_refused(key, assign, strict):
+    layer, state = quantized(bias=False), quantized(bias=False, seed=1).state_dict()
+    before = tensors_of(layer)
+    with pytest.raises(RuntimeError, match=rf"Unexpected key\(s\) \['{key}'\]"):
+        layer.load_state_dict(state | {key: torch.zeros(96)}, strict=strict, assign=assign)
+    assert_same(layer, before)
+
+
+def test_assigning_takes_meta_tensors_and_a_bias_of_another_float_dtype():
+    layer, state = quantized(), quantized(seed=1).state_dict()
+    layer.load_state_dict({n: t if n[0] == "_" else t.to("meta") for n, t in state.items()}, assign=True)
+    assert all(t.is_meta for t in layer.buffers())
+    layer.load_state_dict(state | {"bias": state["bias"].double()}, assign=True)
+    assert layer.bias.dtype == torch.float64
+    layer.load_state_dict(state | {"bias": state["bias"].half()})
+    assert layer.bias.dtype == torch.float64
+
+
+def test_of_many_layers_each_is_whole():
+    """One is wrong: it stays as it is, and the error names it; the others have been loaded."""
+    model, other = (nn.Sequential(quantized(seed=s), quantized(96, 64, seed=s)) for s in (0, 1))
+    before, state = tensors_of(model[1]), other.state_dict()
+    del state["1.codes"]
+    with pytest.raises(RuntimeError, match=r"1\. comes whole or not at all: Missing key\(s\) \['codes'\]"):
+        model.load_state_dict(state)
+    assert_same(model[1], before)
+    assert_same(model[0], tensors_of(other[0]))
+
+
+# Tracers, and tensors without numbers.
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, on tracing
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_quantized_model_compiles_whole(backend, double_quant):
+    torch._dynamo.reset()
+    model = nn.Sequential(linear(), linear(96, 96), linear(96, 32))
+    quantize_base(model, ["0", "1", "2"], double_quant, torch.float32)
+    add_lora(model, ["0", "1", "2"], 4, 8)
+    x, upstream = normal(4, 128), normal(4, 32, seed=1)
+    plain = gradients(model, x, upstream)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    y, grad, own = gradients(compiled, x, upstream)
+    torch.testing.assert_close((y, grad), plain[:2], rtol=1e-5, atol=1e-5)
+    for name, value in plain[2].items():
+        torch.testing.assert_close(own[f"_orig_mod.{name}"], value, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_graph_has_an_operator_a_weight_however_many_pieces_it_has(monkeypatch):
+    from lora2qlora import nf4
+
+    monkeypatch.setattr(nf4.weight, "PIECE", 128)
+    layer, graphs = quantized(), []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(layer, backend=backend, fullgraph=True)(normal(4, 128))
+    assert [sum("lora2qlora" in name for name in graph) for graph in graphs] == [2]  # the weight, its absmax
+    assert len(graphs[0]) < 20
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_step_on_fake_tensors_has_the_shapes_of_a_real_one(double_quant, fast):
+    from lora2qlora.fast import use_fast
+
+    def step(tokens):
+        model = tiny_llama()
+        quantize_base(model, double_quant=double_quant)
+        add_lora(model, "all-linear", 4, 8)
+        if fast:
+            use_fast(model)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        tensors = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {n: (t.shape, t.dtype) for n, t in {**tensors, **dict(model.named_buffers())}.items()}
+
+    real = step(TOKENS)
+    with FakeTensorMode():
+        assert step(torch.zeros(2, 10, dtype=torch.int64)) == real
+    assert step(TOKENS) == real
+    assert sum("lora_B" in name for name in real) == 14
+
+
+def test_of_a_large_weight_without_numbers_two_pieces_are_worked_on():
+    """More would take minutes for a model and change no shape, and no peak."""
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            calls.append(function)
+            return function(*arguments, **(options or {}))
+
+    with FakeTensorMode():
+        layer = NF4Linear.from_linear(nn.Linear(4096, 1024, bias=False), compute_dtype=torch.float32)
+        with Count():
+            dequantize_nf4(layer.weight)
+    assert calls.count(torch.ops.aten.copy_.default) == 2
+
+
+def test_quantizing_records_no_graph():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        for double_quant in (True, False):
+            layer = NF4Linear.from_linear(linear(), double_quant=double_quant)
+            quantize_base(nn.Sequential(linear()), ["0"], double_quant)
+            assert not any(t.requires_grad for t in layer.buffers())
+    assert not saved
+
+
+# What stays at full size, and what is elsewhere.
+
+
+def tiny_mixture(kind, **more):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | more)))
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16},
+    "olmoe": {"num_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 16},
+    "granitemoe": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_that_stay_at_full_size_are_named(kind):
+    model = tiny_mixture(kind, **MIXTURES[kind])
+    parameters = dict(model.named_parameters())
+    experts = sum(p.nbytes for n, p in parameters.items() if "moe" in n or "experts" in n if p.ndim == 3)
+    share = experts / sum(p.nbytes for p in parameters.values())
+    assert share > 0.3
+    with pytest.warns(UserWarning, match=r"stay at full size: model\.layers\.\*\.") as said:
+        quantize_base(model)
+    text = str(said[0].message)
+    assert abs(int(re.match(r"(\d+)%", text)[1]) / 100 - share) < 0.04  # routers may be among them
+    assert "bitsandbytes leaves them in 16 bits too" in text
+    assert said[0].filename == __file__
+
+
+def test_what_stays_is_added_up_over_layers():
+    """Sixty layers whose experts are each below a hundredth."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.experts = nn.Linear(32, 32), nn.Parameter(torch.zeros(2, 4, 4))
+
+    model = nn.ModuleList([Block() for _ in range(60)])
+    assert left_dense(model, [f"{i}.up" for i in range(60)]) == {
+        "*.experts": 60 * 32 / (60 * (32 * 33 + 32)),
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama"])
+def test_nothing_is_said_of_plain_models(kind):
+    from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    if kind == "bert":
+        model = BertModel(BertConfig(vocab_size=64, **sizes))
+    elif kind == "vit":
+        model = ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes))
+    else:
+        model = tiny_llama()
+    assert len(quantize_base(model)) >= 12
+
+
+def test_a_warning_made_an_error_leaves_the_model_as_it_was():
+    model = tiny_mixture("mixtral", num_local_experts=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_untouched(model, quantize_base, UserWarning, "stay at full size")
+
+
+def test_an_offloaded_model_is_refused_wherever_the_hook_is():
+    for where in ("", "model.layers.0", "model.layers.0.mlp"):
+        model = tiny_llama()
+        module = model.get_submodule(where)
+        hook = AlignDevicesHook("cpu", offload=True, place_submodules=True, weights_map=module.state_dict())
+        add_hook_to_module(module, SequentialHook(hook) if where else hook)
+        with pytest.raises(ValueError, match=r"is offloaded: a hook of accelerate on Llama\w+"):
+            quantize_base(model)
+        assert not any(isinstance(m, NF4Linear) for m in model.modules())
+
+
+def test_wrappers_that_took_note_of_parameters_are_refused_and_others_work():
+    class DistributedDataParallel(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    wrapped = DistributedDataParallel(tiny_llama())
+    assert_untouched(
+        wrapped, lambda m: quantize_base(m, ["q_proj"]), ValueError, "wrapped in DistributedDataParallel"
+    )
+    for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
+        model, plain = tiny_llama(), tiny_llama()
+        quantize_base(plain, compute_dtype=torch.float32)
+        outer = wrap(model)
+        names = quantize_base(outer, compute_dtype=torch.float32)
+        assert len(names) == 14
+        assert all(type(outer.get_submodule(name)) is NF4Linear for name in names)
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_compiled_before_it_is_quantized_computes_the_new_weights():
+    from lora2qlora.fast import use_fast
+
+    torch._dynamo.reset()
+    model, x = nn.Sequential(linear(), linear(96, 64)), normal(4, 128)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        dense_y = compiled(x)
+        quantize_base(compiled, ["0", "1"], compute_dtype=torch.float32)
+        expected = model(x)
+        assert not torch.equal(expected, dense_y)
+        assert torch.equal(compiled(x), expected)
+        use_fast(compiled)
+        assert torch.equal(compiled(x), expected)
+        assert storage_bytes(compiled) == storage_bytes(model) == storage_bytes(nn.DataParallel(model))
+
+
+def test_a_failure_midway_says_how_far_it_came(monkeypatch):
+    model = nn.Sequential(linear(), linear(96, 64))
+
+    def fails_later(weight, block_size):
+        if weight.shape == (64, 96):
+            raise MemoryError("out of memory")
+        return quantize_nf4(weight, block_size)
+
+    monkeypatch.setattr("lora2qlora.qlora.layer.quantize_nf4", fails_later)
+    with pytest.raises(MemoryError) as caught:
+        quantize_base(model, ["0", "1"])
+    assert caught.value.__notes__ == ["1 of 2 layers are in NF4 already: load the model anew"]
+    assert [type(layer) for layer in model] == [NF4Linear, nn.Linear]
+
+
+def test_a_weight_that_would_come_back_as_inf_is_found_before_the_first_is_replaced():
+    model = nn.Sequential(linear(128, 64), linear(64, 3))
+    model[1].weight.data[:] = torch.tensor([0.0, *[torch.finfo(torch.float32).max] * 2])[:, None]
+    assert_untouched(model, lambda m: quantize_base(m, ["0", "1"]), ValueError, "1: .*come back as inf")
+    assert quantize_base(model, ["0", "1"], double_quant=False) == ["0", "1"]
+
+
+def test_a_copy_of_a_fast_layer_stands_by_itself():
+    from lora2qlora.fast import dequantize_to_scratch, use_fast
+
+    layer = quantized()
+    use_fast(layer)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.dequantize is dequantize_to_scratch
+        expected = twin(normal(4, 128))
+        layer.packed.zero_()
+        assert torch.equal(twin(normal(4, 128)), expected)
+        layer.load_state_dict(twin.state_dict())
+
+
+def test_a_weight_answers_what_models_ask_of_it_without_its_numbers():
+    layer, base = quantized(dtype=torch.bfloat16), linear(dtype=torch.bfloat16)
+    ours, theirs = layer.weight, base.weight.detach()
+    for name in ("dtype", "shape", "device", "ndim", "requires_grad", "layout"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert (ours.size(), ours.size(0), ours.numel()) == (theirs.size(), theirs.size(0), theirs.numel())
+    assert layer.bias.shape == base.bias.shape

@@ -8,10 +8,12 @@ Left out: packing several indices into a byte (`nf4` does it) and speed (`fast`)
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TINY = 1e-38  # the least that a block is divided by, bitsandbytes' too; float32's smallest normal is 1.18e-38
@@ -63,9 +65,7 @@ def dequantize_blockwise(q: BlockwiseQuantized, codebook: Float32[Tensor, " code
     Raises ValueError: an index beyond the codebook. QLoRA, section 2. Chapter 06.
     """
     check_codebook(codebook)
-    # A byte cannot be beyond 256 values, and a GPU would have to be waited for to look.
-    if len(codebook) < 256 and len(q.indices) and q.indices.max().item() >= len(codebook):
-        raise ValueError(f"index {q.indices.max().item()} is beyond a codebook of {len(codebook)} values")
+    check_indices(q.indices, codebook)
     values = codebook.to(q.indices.device)[q.indices.int()]
     return scale_blocks(values, q.absmax, q.block_size).to(q.dtype).view(q.shape)
 
@@ -127,7 +127,7 @@ def check_input(x: Tensor, block_size: int) -> None:
         raise TypeError(f"can quantize tensors of float32, bfloat16 and float16, got {got}: cast it first")
     check_size("block_size", block_size)
     # The least and the largest say whether all are finite, without a mask as large as the tensor.
-    if x.numel() and not all(bound.isfinite() for bound in x.aminmax()):
+    if has_numbers(x) and x.numel() and not all(bound.isfinite() for bound in x.aminmax()):
         wrong = (~x.isfinite()).nonzero()
         first = tuple(wrong[0].tolist())
         raise ValueError(
@@ -148,5 +148,33 @@ def check_codebook(codebook: Tensor) -> None:
     if not fits or not 2 <= len(codebook) <= 256:
         got = f"{codebook.dtype} {list(codebook.shape)}" if isinstance(codebook, Tensor) else codebook
         raise ValueError(f"a codebook is a float32 tensor of 2 to 256 values, got {got}")
+    if not (has_numbers(codebook) and codebook.is_cpu):  # a GPU would have to be waited for to look
+        return
     if not (codebook.diff() > 0).all() or codebook[0] < -1 or codebook[-1] > 1:
         raise ValueError(f"a codebook ascends within [-1, 1], got {codebook.tolist()[:16]}")
+
+
+def check_indices(indices: Tensor, codebook: Tensor) -> None:
+    """ValueError if an index is beyond a codebook. A GPU, which would be waited for, says so by itself."""
+    if not (has_numbers(indices) and indices.is_cpu):
+        return
+    if len(codebook) < 256 and len(indices) and indices.max().item() >= len(codebook):
+        raise ValueError(f"index {indices.max().item()} is beyond a codebook of {len(codebook)} values")
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether there are numbers to look at: none on the meta device, and none in a fake tensor."""
+    return not tensor.is_meta and not is_fake(tensor)
+
+
+def table(values: tuple[float, ...], beside: Tensor) -> Float32[Tensor, " codes"]:
+    """A codebook's values on the device of a tensor. A GPU keeps its own: a copy would make it wait."""
+    if beside.is_cuda and has_numbers(beside):
+        return _kept(values, beside.device)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").to(beside.device)
+
+
+@cache
+def _kept(values: tuple[float, ...], device: torch.device) -> Float32[Tensor, " codes"]:
+    with torch.inference_mode(False):  # else a later training step could not use it
+        return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,32 +1,35 @@
 """What the kernels read, and whether they may: they do not look at sizes themselves. Chapter 14."""
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from lora2qlora.blockwise import FLOATS
-from lora2qlora.double_quantization import QuantizedAbsmax, dynamic_codebook
-from lora2qlora.nf4 import NF4Weight, nf4_codebook
+from lora2qlora.double_quantization import DYNAMIC_VALUES, QuantizedAbsmax
+from lora2qlora.nf4 import NF4_VALUES, NF4Weight
 
-
-@cache
-def nf4_table() -> Tensor:
-    """float32 [16] on the CPU."""
-    return nf4_codebook()
-
-
-@cache
-def dynamic_table() -> Tensor:
-    """float32 [256] on the CPU."""
-    return dynamic_codebook()
+# On the CPU, made now: whatever modes are on when they are read, their pointers are those of numbers.
+NF4_TABLE = torch.tensor(NF4_VALUES, dtype=torch.float32, device="cpu")
+DYNAMIC_TABLE = torch.tensor(DYNAMIC_VALUES, dtype=torch.float32, device="cpu")
 
 
 def has_memory(tensor: object) -> bool:
-    """Whether it is a tensor whose numbers lie in memory as they are: no subclass, no view that negates."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and not tensor.is_neg()
+    """Whether it is a tensor whose numbers lie in memory as they are.
+
+    Not a subclass (fake ones are), not sparse, no view that negates, nor what torch.func wraps. A tracer can
+    be asked for the first alone; of views `is_as_stored` asks when the graph runs.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    if torch.compiler.is_compiling():
+        return plain
+    plain = plain and tensor.layout == torch.strided and is_as_stored(tensor)
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_as_stored(*tensors: Tensor | None) -> bool:
+    """Whether none is a view that negates what lies in memory."""
+    return not any(tensor is not None and tensor.is_neg() for tensor in tensors)
 
 
 def constants_of(q: NF4Weight) -> tuple[Tensor, Tensor | None, Tensor | None, int]:

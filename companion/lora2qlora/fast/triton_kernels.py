@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora2qlora.fast.inputs import constants_of, dynamic_table, nf4_table
-from lora2qlora.nf4 import NF4Weight
+from lora2qlora.blockwise import table
+from lora2qlora.double_quantization import DYNAMIC_VALUES
+from lora2qlora.fast.inputs import constants_of
+from lora2qlora.fast.operators import nothing, operator
+from lora2qlora.nf4 import NF4_VALUES, NF4Weight
 
 try:
     import triton
@@ -71,12 +74,20 @@ def _jit(kernel):
     return triton.jit(kernel)
 
 
-def _tritonconstants_of(q: NF4Weight) -> tuple:
+def _tables(values: Tensor, codes: Tensor | None, offset: Tensor | None, packed: Tensor) -> tuple:
     """What both kernels read besides the packed bytes; tensors that are not used are stood in for."""
-    values, codes, offset, group = constants_of(q)
-    device = q.packed.device
-    nested = (codes, dynamic_table().to(device), offset) if group else (q.packed, values, values)
-    return values, *nested, nf4_table().to(device)
+    nested = (packed, values, values) if codes is None else (codes, table(DYNAMIC_VALUES, packed), offset)
+    return values, *nested, table(NF4_VALUES, packed)
+
+
+def _dequantize(packed, values, codes, offset, group, block_size, out) -> None:
+    size = 1024
+    grid = (triton.cdiv(out.numel(), 2 * size),)
+    torch.autograd.graph.increment_version(out)
+    _jit(dequantize_kernel)[grid](
+        packed, *_tables(values, codes, offset, packed), out, out.numel(), block_size, group or 1,
+        bool(group), size, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def dequantize_triton(q: NF4Weight, out: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -85,14 +96,19 @@ def dequantize_triton(q: NF4Weight, out: Float[Tensor, "..."]) -> Float[Tensor, 
     Multiplication and addition are not fused, so the bits are the plain path's. What may be asked of it
     `dequantize_nf4` checks.
     """
-    group = constants_of(q)[3]
-    size = 1024
-    grid = (triton.cdiv(out.numel(), 2 * size),)
-    _jit(dequantize_kernel)[grid](
-        q.packed, *_tritonconstants_of(q), out, out.numel(), q.block_size, group or 1, bool(group), size,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    dequantize(q.packed, *constants_of(q), q.block_size, out)
     return out
+
+
+def _matmul(x, packed, values, codes, offset, group, block_size, outs) -> Tensor:
+    y = torch.empty(len(x), outs, dtype=x.dtype, device=x.device)
+    m, n, k = 16, 64, 64
+    grid = (triton.cdiv(len(x), m), triton.cdiv(outs, n))
+    _jit(matmul_kernel)[grid](
+        x, packed, *_tables(values, codes, offset, packed), y, len(x), outs, block_size, group or 1,
+        x.shape[1], bool(group), m, n, k, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y
 
 
 def matmul_triton(x: Float[Tensor, "*batch in"], q: NF4Weight) -> Float[Tensor, "*batch out"]:
@@ -112,12 +128,14 @@ def matmul_triton(x: Float[Tensor, "*batch in"], q: NF4Weight) -> Float[Tensor, 
     if q.shape[1] % 2 or q.block_size % 2:
         raise ValueError(f"need rows and blocks of even length, got {q.shape[1]} and {q.block_size}")
     outs, ins = q.shape
-    flat = x.reshape(-1, ins).contiguous()
-    y = torch.empty(len(flat), outs, dtype=x.dtype, device=x.device)
-    group, (m, n, k) = constants_of(q)[3], (16, 64, 64)
-    grid = (triton.cdiv(len(flat), m), triton.cdiv(outs, n))
-    _jit(matmul_kernel)[grid](
-        flat, q.packed, *_tritonconstants_of(q), y, len(flat), outs, q.block_size, group or 1,
-        ins, bool(group), m, n, k, enable_fp_fusion=False,
-    )  # fmt: skip
+    y = matmul(x.reshape(-1, ins).contiguous(), q.packed, *constants_of(q), q.block_size, outs)
     return y.view(*x.shape[:-1], outs)
+
+
+WEIGHT = "Tensor packed, Tensor values, Tensor? codes, Tensor? offset, int group, int block_size"
+dequantize = operator(f"dequantize_triton({WEIGHT}, Tensor(a!) out) -> ()", _dequantize, nothing)
+matmul = operator(
+    f"matmul_triton(Tensor x, {WEIGHT}, SymInt outs) -> Tensor",
+    _matmul,
+    lambda x, packed, values, codes, offset, group, block_size, outs: x.new_empty(x.shape[0], outs),
+)

@@ -8,22 +8,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora2qlora.adapters import naming
-from lora2qlora.blockwise import check_input
 from lora2qlora.double_quantization import QuantizedAbsmax, double_quantize
 from lora2qlora.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from lora2qlora.qlora.state import check_weight, misfits, shapes_alone, stored_tensors
+from lora2qlora.qlora.checks import check_linear
+from lora2qlora.qlora.state import check_weight, loading_misfits, shapes_alone, stored_tensors
 
 
 class DequantizeAndMultiply(torch.autograd.Function):
     """x Ŵᵀ + bias; Ŵ lives only while it is multiplied with, once forward and once backward."""
 
     @staticmethod
-    def forward(ctx, x, bias, layer, *stored):
+    def forward(ctx, x, bias, layer, packed, *constants):
         ctx.layer = layer
-        ctx.save_for_backward(*stored)  # tensors that the layer holds anyway: no byte more
+        ctx.save_for_backward(packed, *constants)  # tensors that the layer holds anyway: no byte more
         with _without_autocast(x):
-            return F.linear(x, layer.dequantize(layer.assemble(*stored), x.dtype), bias)
+            return F.linear(x, layer.dequantize(layer.assemble(packed, *constants), x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -92,7 +91,7 @@ class NF4Linear(nn.Module):
         if linear.weight.is_meta:
             weight = shapes_alone(linear.weight, block_size, 256 if double_quant else None)
         else:
-            weight = quantize_nf4(linear.weight, block_size)
+            weight = quantize_nf4(linear.weight.detach(), block_size)
             weight = double_quantize(weight) if double_quant else weight
         return cls(weight, linear.bias, compute_dtype).train(linear.training)
 
@@ -133,22 +132,16 @@ class NF4Linear(nn.Module):
         """Nothing is left to set: a state dict of another form is refused before."""
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        """As any module, but tensors that do not fit are refused, not cast: nothing is loaded then.
+        """As any module, but a layer is loaded whole or, where anything is wrong, not at all.
 
-        The form must come with them. A transposed weight has as many packed bytes, and other blocks may
-        have as many constants.
+        Its tensors come together and alone, strict or not (torch says so only afterwards), the bias and the
+        form among them: a transposed weight has as many packed bytes, and other blocks may have as many
+        constants. Nothing stored is cast. A model's other layers are loaded or refused each for itself.
         """
-        got = {name: state_dict[prefix + name] for name in self.names if prefix + name in state_dict}
-        wrong = misfits(got, stored_tensors(self.weight), prefix)
-        form = state_dict.get(f"{prefix}_extra_state")
-        form, mine = None if form is None else form.tolist(), self.get_extra_state().tolist()
-        if form != mine and (got or form):
-            wrong.append(
-                f"{prefix}_extra_state must be {mine}, [out, in, block size, group size or 0], got {form}: "
-                "load the whole state dict of a layer of this form"
-            )
-        errors.extend(wrong)
-        if not wrong:
+        assign = metadata.get("assign_to_params_buffers", False)
+        if wrong := loading_misfits(self, state_dict, prefix, assign):
+            errors.extend(wrong)
+        else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
@@ -157,24 +150,3 @@ class NF4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, block_size={self.block_size}, {kind}, {self.compute_dtype}"
         )
-
-
-def check_linear(linear: nn.Module, block_size: int = 64) -> None:
-    """Raise what `NF4Linear.from_linear` says it raises, and change nothing."""
-    weight = getattr(linear, "weight", None)
-    if isinstance(linear, NF4Linear) or hasattr(weight, "quant_state"):
-        raise ValueError(f"the weight of this {type(linear).__name__} is quantized already")
-    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    if not plain or type(weight) is not nn.Parameter:
-        raise TypeError(f"can quantize an nn.Linear with a plain float weight, got {type(linear).__name__}")
-    hooks = [name for name, value in vars(linear).items() if name.endswith("_hooks") and value]
-    if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
-        hooks.append("a forward of its own")  # so do accelerate's hooks
-    if hooks:
-        raise ValueError(
-            f"this {type(linear).__name__} carries {', '.join(hooks)}, which an NF4Linear would lose: remove "
-            "them (accelerate's by remove_hook_from_module), quantize, and put hooks on the NF4Linear"
-        )
-    check_input(weight.new_empty(0, device="cpu") if weight.is_meta else weight, block_size)
-    if linear.bias is not None and not linear.bias.is_meta:
-        naming("its bias", check_input, linear.bias, block_size)

@@ -3,9 +3,9 @@
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora2qlora.blockwise import check_size
+from lora2qlora.blockwise import check_size, has_numbers
 from lora2qlora.double_quantization import QuantizedAbsmax
 from lora2qlora.nf4 import NF4Weight
 
@@ -48,7 +48,7 @@ def misfits(got: dict[str, Tensor], own: dict[str, Tensor], prefix: str = "") ->
         elif (tensor.dtype, tensor.shape) != (own[name].dtype, own[name].shape):
             got_form = f"{tensor.dtype} {list(tensor.shape)}"
             wrong.append(f"{expected}, got {got_form}: quantized bytes and constants are never cast")
-        elif tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+        elif tensor.is_floating_point() and has_numbers(tensor) and not tensor.isfinite().all():
             wrong.append(f"{expected}, all finite, got {tensor[~tensor.isfinite()][0].item()}")
     return wrong
 
@@ -63,3 +63,52 @@ def shapes_alone(weight: Tensor | NF4Weight, block_size: int, group_size: int | 
         absmax = QuantizedAbsmax(codes, scales, empty(()), group_size)
     packed = empty(-(-count // 2), dtype=torch.uint8)
     return NF4Weight(packed, absmax, weight.shape, weight.dtype, block_size)
+
+
+def loading_misfits(layer: nn.Module, state_dict: dict, prefix: str, assign: bool = False) -> list[str]:
+    """What is wrong with a state dict that has tensors of an NF4Linear; nothing where it has none at all."""
+    own = {**dict(layer.named_buffers()), "bias": layer.bias}
+    known = [*own, "_extra_state"]
+    given = {name: state_dict[prefix + name] for name in known if prefix + name in state_dict}
+    if not given:
+        return []
+    needed = [name for name in known if name != "bias" or layer.bias is not None]
+    stray = sorted({key[len(prefix) :] for key in state_dict if key.startswith(prefix)} - set(needed))
+    wrong = misfits({name: given[name] for name in layer.names if name in given}, own, prefix)
+    wrong += form_misfits(layer, given.get("_extra_state"), prefix)
+    if "bias" in given and layer.bias is not None:
+        wrong += bias_misfits(given["bias"], layer.bias, assign, f"{prefix}bias")
+    if lacking := [name for name in needed if name not in given and name != "_extra_state"]:
+        wrong.append(f"{prefix or 'the layer'} comes whole or not at all: Missing key(s) {lacking}")
+    if stray:
+        wrong.append(f"{prefix or 'the layer'} has no such tensors: Unexpected key(s) {stray}")
+    if not assign and any(
+        isinstance(t, Tensor) and t.is_meta and not layer.packed.is_meta for t in given.values()
+    ):
+        wrong.append(f"{prefix or 'the layer'} cannot take tensors of the meta device, which have no numbers")
+    return wrong
+
+
+def form_misfits(layer: nn.Module, form, prefix: str) -> list[str]:
+    """What is wrong with a state's form, [out, in, block size, group size or 0]."""
+    mine = layer.get_extra_state().tolist()
+    got = form.tolist() if isinstance(form, Tensor) and has_numbers(form) else form
+    if got == mine:
+        return []
+    return [
+        f"{prefix}_extra_state must be {mine}, [out, in, block size, group size or 0], got {got!s:.80}: "
+        "load the whole state dict of a layer of this form"
+    ]
+
+
+def bias_misfits(got: object, own: Tensor, assign: bool, name: str) -> list[str]:
+    """What is wrong with a bias; it may be of another float dtype, as that of any layer."""
+    expected = f"{name} must be floats {list(own.shape)}"
+    if not isinstance(got, Tensor):
+        return [f"{expected}, got {type(got).__name__}"]
+    if got.shape != own.shape or not got.is_floating_point():
+        return [f"size mismatch for {expected}, got {got.dtype} {list(got.shape)}"]
+    stored = got.detach() if assign else got.detach().to(own.dtype)
+    if has_numbers(stored) and not stored.isfinite().all():
+        return [f"{expected}, all finite in {stored.dtype}, got {got[~stored.isfinite()][0].item()}"]
+    return []
