@@ -1,6 +1,6 @@
 # From LoRA to QLoRA. `make book` builds the book, `make test` tests everything; `make help` lists the rest.
+# The make of macOS, 3.81, knows no .SHELLFLAGS: a recipe with a pipe says itself that a failure in it counts.
 SHELL := /bin/bash
-.SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
 VENV   ?= .venv
@@ -8,24 +8,27 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 # environment.yml is the one list of versions; it is read before anything is installed.
 MODELS := $(shell sed -n 's/^\# no-deps: //p' environment.yml)
+MUTMUT := $(shell sed -n 's/^\# mutants: //p' environment.yml)
 NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 # No notebook and no test may reach a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
 PAGE   := _build/html/index.html
 
-.PHONY: help setup book test test-fast test-browser bench fuzz outputs lab lint format repository data clean
+.PHONY: help setup book test test-fast test-browser bench mutants fuzz drift drift-here versions-page outputs lab lint \
+  format repository data clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.installed: environment.yml
 	@echo "==> environment in $(VENV) (once; about a minute and 3 GB)"
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, \
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, \
 	$(PYTHON) is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])'
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: install your system's python3-venv"; exit 1; }
 	@sed -n 's/^ *- \([A-Za-z0-9_.-]*==.*\)/\1/p' environment.yml > $(VENV)/pins.txt
-	@$(BIN)/pip install --disable-pip-version-check --no-compile --progress-bar off -r $(VENV)/pins.txt \
-	  | sed -u -n -E '/^(Collecting|Installing|Successfully)/p' | cut -c1-100 \
+	@set -o pipefail; \
+	$(BIN)/pip install --disable-pip-version-check --no-compile --progress-bar off -r $(VENV)/pins.txt \
+	  | awk '/^(Collecting|Installing|Successfully)/ {print substr($$0, 1, 100); fflush()}' \
 	  || { echo "installing failed. Is the package index reachable? Try again: make $(MAKECMDGOALS)"; exit 1; }
 	@touch $@
 
@@ -62,9 +65,27 @@ test-browser: book  ## the built pages in headless Chromium (CHROMIUM=path if it
 bench: setup  ## that the fast paths are fast; on a machine that does nothing else
 	@$(OFFLINE) $(BIN)/python -m pytest tests -m bench
 
+$(VENV)/mutants: environment.yml $(VENV)/.installed
+	@echo "==> $(MUTMUT), in a folder of their own"
+	@rm -rf $@
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ $(MUTMUT)
+
+mutants: setup $(VENV)/mutants  ## do the tests notice a planted defect? ROOM=nf4, SAMPLE=200
+	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/mutants $(BIN)/python tests/mutants.py \
+	  $(if $(ROOM),--room $(ROOM)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(AGAIN),--again)
+
 fuzz: setup  ## COUNT=1000000 damaged files and states, or SECONDS=60; SEED=123 COUNT=1 tries one again
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_runner.py --seed $(or $(SEED),0) \
 	  --count $(or $(COUNT),1000000) --seconds $(or $(SECONDS),inf)
+
+drift:  ## build throw-away stacks of other versions and check each (STACKS="oldest colab", FRESH=1)
+	@$(PYTHON) tests/drift.py $(STACKS) $(if $(FRESH),--fresh)
+
+drift-here:  ## the same checks with the versions that PYTHON has
+	@$(PYTHON) tests/drift.py --here
+
+versions-page:  ## write the tables of book/versions.md from the record of make drift
+	@$(PYTHON) tests/drift_page.py
 
 outputs: setup  ## re-execute every notebook and store its outputs
 	@$(OFFLINE) $(BIN)/python tests/book_outputs.py

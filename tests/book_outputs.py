@@ -60,6 +60,8 @@ def execute(path: Path, timeout: int = 300, progress=lambda done, of: None) -> s
         notebook,
         km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython()),
         timeout=timeout,
+        startup_timeout=600,
+        iopub_timeout=120,  # [s]; after the usual 4 a busy machine's outputs would be lost
         record_timing=False,
         coalesce_streams=True,
         store_widget_state=False,

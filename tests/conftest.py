@@ -1,12 +1,16 @@
-"""What holds for every unit test: no network, and optional tests are skipped with their reason."""
+"""What holds for every unit test: no network, no deadline, and a reason where one is skipped."""
 
 import os
 import socket
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 OFFLINE = "a unit test tried to reach {!r}; unit tests have no network: use a file made in tmp_path"
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+# On a busy machine an example may take any time; hypothesis would call it a failure after 0.2 s.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def _is_local(address) -> bool:
@@ -40,6 +44,60 @@ def no_network():
             patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
         patch.setattr(socket, "getaddrinfo", resolve)
         yield
+
+
+@pytest.fixture(params=["float64", "bfloat16"])
+def other_default_dtype(request):
+    """Another default dtype of torch, as while transformers loads a model of that dtype."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, request.param))
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(path, SHA-256) of a tiny GGUF that lies in an importable package `tiny_package`."""
+    from tiny_gguf import write_tiny_gguf
+
+    package = tmp_path_factory.mktemp("site") / "tiny_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('found, never imported')")
+    return package / "tiny.gguf", write_tiny_gguf(package / "tiny.gguf")
+
+
+@pytest.fixture
+def installed(tiny, tmp_path, monkeypatch):
+    """The tiny model as an installed package, under the name "tiny", with an empty cache; the cache."""
+    from lora2qlora.lab import sources
+    from tiny_gguf import COMMAND
+
+    path, sha256 = tiny
+    monkeypatch.syspath_prepend(str(path.parent.parent))
+    source = sources.ModelSource("nobody/tiny", "tiny_package", path.name, sha256, COMMAND)
+    monkeypatch.setitem(sources.MODELS, "tiny", source)
+    monkeypatch.setenv("LORA2QLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny, tmp_path_factory):
+    """The tiny GGUF's byte tokenizer: copy it before you change it."""
+    from lora2qlora.lab.conversion import convert_gguf
+    from transformers import AutoTokenizer
+
+    where = convert_gguf(*tiny, tmp_path_factory.mktemp("tiny") / "tiny")
+    return AutoTokenizer.from_pretrained(where, padding_side="left")
+
+
+@pytest.fixture
+def model():
+    """A fresh Llama of one layer for that tokenizer."""
+    from toy import toy_model
+
+    return toy_model()
 
 
 def _has_cuda() -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lora2qlora.blockwise import (
     int_codebook,
     quantize_blockwise,
 )
+from lora2qlora.memory import track_peak
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CODEBOOKS = {
@@ -404,6 +406,7 @@ WRONG_CODEBOOKS = [
     (torch.tensor([1.0, -1.0]), "ascends within"),
     (torch.tensor([-1.5, 1.0]), "ascends within"),
     (torch.tensor([-1.0, 1.5]), "ascends within"),
+    (torch.tensor([-1.0, 0.0, 1.5]), "ascends within"),
     (torch.tensor([-1.0, math.nan, 1.0]), "ascends within"),
 ]
 
@@ -426,6 +429,29 @@ def test_an_index_beyond_the_codebook():
     q = quantize_blockwise(torch.tensor([1.0, -1.0]), CODEBOOKS["int4"])
     with pytest.raises(ValueError, match="index 14 is beyond a codebook of 3 values"):
         dequantize_blockwise(q, CODEBOOKS["int2"])
+    with pytest.raises(ValueError, match="index 14 is beyond a codebook of 14 values"):
+        dequantize_blockwise(q, CODEBOOKS["int4"][:14])
+
+
+def test_bytes_are_not_read_where_none_can_be_beyond_the_codebook():
+    """Numbers on the meta device cannot be read, as those on a GPU cannot without a wait."""
+    q = quantize_blockwise(torch.ones(3, 64), CODEBOOKS["dynamic"])
+    away = replace(q, indices=q.indices.to("meta"), absmax=q.absmax.to("meta"))
+    back = dequantize_blockwise(away, CODEBOOKS["dynamic"])
+    assert back.device.type == "meta"
+    assert back.shape == q.shape
+
+
+def test_no_index_takes_eight_bytes_on_the_way():
+    x = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+    report = track_peak(lambda: quantize_blockwise(x, CODEBOOKS["int4"]), held=[x])
+    assert report.peak_bytes < 3.5 * x.nbytes  # x, x scaled, and indices of four bytes
+
+
+def test_codebooks_do_not_hang_on_the_default_dtype(other_default_dtype):
+    assert torch.equal(int_codebook(4), CODEBOOKS["int4"])
+    assert torch.equal(int_codebook(8), CODEBOOKS["int8"])
+    assert torch.equal(float_codebook(4, 3), CODEBOOKS["e4m3"])
 
 
 def test_values_are_multiplied_in_float32_and_rounded_once():

@@ -182,7 +182,7 @@ FILES = {
     "_toc.yml": TOC,
     "environment.yml": NO_DEPS + "dependencies:\n  - python=3.11\n  - pip\n  - pip:\n" + PINS,
     "pyproject.toml": PYPROJECT,
-    "Makefile": "book:\n",
+    "Makefile": "book:\n\t@set -o pipefail; \\\n\techo 'a | b' | cat || exit 1\n",
     "LICENSE": "MIT\n",
     "README.md": README,
     ".gitignore": "_build/\n*.egg-info/\n",
@@ -196,7 +196,8 @@ FILES = {
     "companion/lora2qlora/low_rank.py": "def truncated_svd(matrix, rank):\n    return matrix[:rank]\n",
     "companion/lora2qlora/lora.py": "from .low_rank import truncated_svd\n\n\n"
     "class LoRALinear:\n    svd = truncated_svd\n",
-    "companion/lora2qlora/lab/__init__.py": "",
+    "companion/lora2qlora/lab/__init__.py": "# as long as a module may be\n" * 200,
+    "companion/experiments/sweep.py": "# as long as a script may be\n" * 300,
     **{f"companion/lora2qlora/lab/{name}.py": LAB_MODULE for name in test_layout.LAB},
     f"{FOLDER}/__init__.py": "".join(
         f"from lora2qlora.optimizers import {name}\n" for name in FILES_OF_FOLDER
@@ -648,6 +649,7 @@ REPOSITORY_DEFECTS = [
     ),
     ("floors", "a file's own room, whole", file(f"{FOLDER}/paging.py", "import lora2qlora.optimizers\n")),
     ("floors", "a room below, in a folder", file(f"{FOLDER}/paging.py", "from ..fast import x\n")),
+    ("floors", "lab backwards", text(f"{PACKAGE}/lab/tasks.py", LAB_MODULE, "from .training import x\n")),
     ("floors", "lab in a folder", file(f"{FOLDER}/__init__.py", "from ..lab.models import x\n")),
     ("rooms_have_tests", "a room", gone("tests/test_lora.py")),
     ("rooms_have_tests", "a room that is a folder", gone("tests/test_optimizers.py")),
@@ -660,6 +662,18 @@ REPOSITORY_DEFECTS = [
     ("workflows_call_make", "an unknown target", text(WORKFLOW, "make book", "make pages")),
     ("workflows_call_make", "a floating action", text(WORKFLOW, "checkout@v4", "checkout@main")),
     ("workflows_call_make", "rights to write", text(WORKFLOW, "contents: read", "contents: write")),
+    ("failures_in_pipes_count", "a pipe", text("Makefile", "set -o pipefail; ", "")),
+    ("failures_in_pipes_count", "a second pipe", text("Makefile", "exit 1\n", "exit 1\n\techo a | cat\n")),
+    (
+        "failures_in_pipes_count",
+        "flags that old makes ignore",
+        text("Makefile", "book:", ".SHELLFLAGS := -c\nbook:"),
+    ),
+    (
+        "workflows_call_make",
+        "an image of anyone's",
+        text(WORKFLOW, "    steps:", "    container: someone/image:latest\n    steps:"),
+    ),
     ("workflows_call_make", "no rights named", text(WORKFLOW, "permissions:\n  contents: read\n", "")),
     ("safe_sources", "pickle", file("companion/experiments/run.py", "from pickle import load\n")),
     ("safe_sources", "torch.load", text(f"{PACKAGE}/lora.py", "svd = ", "state = torch.load\n    svd = ")),
@@ -668,8 +682,16 @@ REPOSITORY_DEFECTS = [
         "remote code",
         text(f"{PACKAGE}/low_rank.py", "matrix[:rank]", "f(trust_remote_code=False)"),
     ),
+    ("file_sizes", "201 lines", file(f"{PACKAGE}/lab/__init__.py", "x = 0\n" * 201)),
+    ("file_sizes", "a script of 301 lines", file("companion/experiments/run.py", "x = 0\n" * 301)),
     ("function_sizes", "41 lines", text(f"{PACKAGE}/low_rank.py", "    return", BODY + "    return")),
     ("function_sizes", "a long docstring", text(f"{PACKAGE}/low_rank.py", "    return", DOC + "    return")),
+    (
+        "no_clock_in_tests",
+        "a time",
+        file("tests/test_x.py", "import time\n\nassert time.time() < 3\n"),
+    ),
+    ("no_clock_in_tests", "by name", file("tests/test_x.py", "from time import perf_counter_ns as now\n")),
     (
         "exact_pins",
         "a local part",

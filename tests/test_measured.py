@@ -1,12 +1,15 @@
 """lab.measured: records are appended whole, say where they come from, and are found again."""
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
+from book_checks import ABSOLUTE
 from lora2qlora.lab import measured
 
 
@@ -42,15 +45,54 @@ def test_what_is_not_plain_json_is_refused_and_nothing_is_lost(tmp_path, value):
     assert (tmp_path / "toy.jsonl").read_bytes() == before
 
 
-def test_an_interrupted_append_loses_nothing(tmp_path, monkeypatch):
+HERE = "/" + "home/reader/x"  # written apart, so that the checks of the book do not find it here
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"file": HERE},
+        {"runs": [{"tail": f"Traceback:\n{HERE}, line 3"}]},
+        {HERE: 1.0},
+        {"link": "file:" + "//x"},
+        {"file": "D:" + "\\data\\x"},
+        {"file": "D:" + "/data/x"},
+    ],
+)
+def test_a_path_of_this_machine_is_refused_and_nothing_is_written(tmp_path, figures):
+    with pytest.raises(ValueError, match=r"is published, but names '.+' of this"):
+        measured.record("toy", {}, figures, seed=0, directory=tmp_path)
+    with pytest.raises(ValueError, match="is published"):
+        measured.record("toy", figures, {}, seed=0, directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_links_and_fractions_are_no_paths(tmp_path):
+    texts = ["meta-llama/Llama-2-7b", "https://a.org/b/c#d", "tokens/s", "1/2 / 3", "/", "q: why", "a\n/b"]
+    assert measured.record("toy", {"texts": texts}, {}, seed=0, directory=tmp_path).configuration
+
+
+@pytest.mark.parametrize("what", ["replace", "write"])
+def test_an_interrupted_append_loses_nothing_and_leaves_nothing(tmp_path, monkeypatch, what):
+    def fail(partial, content):
+        with partial.open("wb") as file:
+            file.write(content[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        if what == "replace":
+            patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            patch.setattr(type(tmp_path), "write_bytes", fail)
+        with pytest.raises(KeyboardInterrupt if what == "replace" else OSError):
             measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
-    assert [r.seed for r in measured.load("toy", tmp_path)] == [0]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / ".toy.partial").write_text("what a killed process left")
     measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
     assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
+    assert {path.name for path in tmp_path.iterdir()} == set(before)
 
 
 def test_writers_at_once_all_land(tmp_path):
@@ -72,6 +114,41 @@ def test_no_records_and_damaged_records_are_named(tmp_path):
         measured.load("toy", tmp_path)
 
 
+PLAIN = {"configuration": {}, "seed": 0, "figures": {}, "provenance": {}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"5",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b"9" * 5000,
+        json.dumps(PLAIN).encode()[:-1],
+        json.dumps(PLAIN | {"figures": {"loss": float("nan")}}).encode(),
+        *[json.dumps(PLAIN | {field: "text"}).encode() for field in PLAIN],
+        json.dumps(PLAIN | {"seed": True}).encode(),
+        json.dumps(PLAIN | {"more": 1}).encode(),
+    ],
+    ids=lambda line: line[:60].decode("latin-1"),
+)
+def test_every_damaged_line_is_named(tmp_path, line):
+    whole = json.dumps(PLAIN).encode()
+    (tmp_path / "toy.jsonl").write_bytes(b"\n".join([whole, line, whole, b""]))
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 2 is not a record: ."):
+        measured.load("toy", tmp_path)
+
+
+def test_a_record_is_a_line_whatever_its_text_and_the_last_one_may_lack_its_end(tmp_path):
+    first = json.dumps(PLAIN | {"figures": {"text": "one\u2028two\x85"}}, ensure_ascii=False)
+    (tmp_path / "toy.jsonl").write_bytes(first.encode())
+    measured.record("toy", {}, {}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
+    assert measured.load("toy", tmp_path)[0].figures == {"text": "one\u2028two\x85"}
+
+
 @pytest.mark.parametrize("name", ["../toy", "Toy", ""])
 def test_names_are_plain(tmp_path, name):
     with pytest.raises(ValueError, match="an experiment's name"):
@@ -81,6 +158,7 @@ def test_names_are_plain(tmp_path, name):
 def test_records_in_the_package_can_be_read():
     for path in measured.RECORDS.glob("*.jsonl"):
         assert measured.load(path.stem)
+        assert not ABSOLUTE.search(path.read_text(encoding="utf-8"))
 
 
 def test_gpu_records_are_found_by_part_and_job_and_toy_runs_are_left_out(tmp_path):
@@ -98,3 +176,91 @@ def test_gpu_records_are_found_by_part_and_job_and_toy_runs_are_left_out(tmp_pat
     ]
     (found,) = measured.on_gpu("speed", "step", tmp_path)
     assert found.configuration["job"] == "step, 512 tokens"
+
+
+GOOD = {"configuration": {}, "seed": 0, "figures": {}, "provenance": {}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"null",
+        b"[]",
+        b"3",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        json.dumps(GOOD).encode()[:-3],
+        json.dumps(GOOD | {"more": 1}).encode(),
+        json.dumps(GOOD | {"configuration": []}).encode(),
+        json.dumps(GOOD | {"figures": None}).encode(),
+        json.dumps(GOOD | {"provenance": "here"}).encode(),
+        json.dumps(GOOD | {"seed": None}).encode(),
+        json.dumps(GOOD | {"seed": True}).encode(),
+        json.dumps(GOOD | {"figures": {"loss": float("nan")}}).encode(),
+        json.dumps(GOOD | {"figures": {"loss": float("-inf")}}).encode(),
+    ],
+)
+def test_a_damaged_line_is_named_and_nothing_is_added_behind_it(tmp_path, line):
+    measured.record("toy", {}, {}, seed=0, directory=tmp_path)
+    path = tmp_path / "toy.jsonl"
+    damaged = path.read_bytes() + line + b"\n"
+    path.write_bytes(damaged)
+    for call in (
+        lambda: measured.load("toy", tmp_path),
+        lambda: measured.record("toy", {}, {}, seed=1, directory=tmp_path),
+        lambda: measured.is_recorded("toy", {}, seed=1, directory=tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"toy\.jsonl, line 2 is not a record"):
+            call()
+    assert path.read_bytes() == damaged
+
+
+def test_a_last_line_without_its_end_keeps_its_own_line(tmp_path):
+    measured.record("toy", {}, {}, seed=0, directory=tmp_path)
+    path = tmp_path / "toy.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    measured.record("toy", {}, {}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, "1", True])
+def test_a_record_that_could_not_be_loaded_is_not_written(tmp_path, seed):
+    with pytest.raises(ValueError, match="seed must be int"):
+        measured.record("toy", {}, {}, seed=seed, directory=tmp_path)
+    assert not (tmp_path / "toy.jsonl").exists()
+
+
+@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+def test_a_full_disk_is_named_and_leaves_the_file_as_it_was(tmp_path, monkeypatch, where):
+    measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    before = (tmp_path / "toy.jsonl").read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cut(path, content):
+        with path.open("wb") as file:
+            file.write(content[:5])
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, where, cut) if where == "write_bytes" else (os, where, full)))
+        with pytest.raises(OSError, match=r"cannot add a record to .*toy\.jsonl: No space left") as caught:
+            measured.record("toy", {}, {}, seed=1, directory=tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "toy.jsonl").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"toy.jsonl", ".toy.lock"}
+
+
+def test_gpu_records_of_another_form_are_passed_over(tmp_path):
+    for configuration in (
+        {},
+        {"part": "speed"},
+        {"part": "speed", "size": "full"},
+        {"part": [1], "size": "full"},
+    ):
+        measured.record("gpu", configuration, {}, 0, tmp_path)
+    assert len(measured.on_gpu("speed", directory=tmp_path)) == 1
+    assert measured.on_gpu("speed", "step", tmp_path) == []

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]  # all that bitsandbytes has
+CODEBOOK = bnb.get_4bit_type("nf4", "cpu")
 seeds = st.integers(0, 2**16)
 
 
@@ -57,9 +58,15 @@ def same_bits(a, b):
 
 def test_the_sixteen_values_are_bitsandbytes():
     codebook = nf4_codebook()
-    assert same_bits(codebook, bnb.get_4bit_type("nf4", "cpu"))
+    assert same_bits(codebook, CODEBOOK)
     codebook[3] = 9  # a copy of one's own, whatever is done to it
     assert same_bits(nf4_codebook(), bnb.get_4bit_type("nf4", "cpu"))
+
+
+def test_the_values_do_not_hang_on_the_default_dtype(other_default_dtype):
+    """They are made on import, which may be while a model of another dtype is loaded."""
+    assert nf4.codebook._nf4_values() == nf4.NF4_VALUES
+    assert same_bits(nf4_codebook(), CODEBOOK)
 
 
 def test_the_values_are_quantiles_by_another_library():

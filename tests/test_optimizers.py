@@ -28,6 +28,7 @@ from lora2qlora.optimizers import (
 )
 from torch import nn
 
+NUMBERS = torch.randn(5000, generator=torch.Generator().manual_seed(0))
 TO_32_BITS = {"min_8bit_size": 10**9}
 
 
@@ -66,6 +67,20 @@ def kernel_rounding(x, codebook, block_size):
 def test_the_unsigned_map_is_bitsandbytes_to_the_last_bit():
     codebook, theirs = unsigned_dynamic_codebook(), bnb.create_dynamic_map(signed=False)
     assert torch.equal(codebook.view(torch.int32), theirs.view(torch.int32))
+
+
+def test_neither_map_nor_step_hangs_on_the_default_dtype(other_default_dtype):
+    def trained():
+        x, grads = nn.Parameter(NUMBERS.clone()), [NUMBERS.flip(0), NUMBERS.roll(1)]
+        optimizer = AdamW8bit([x], block_size=100)
+        train(optimizer, x, grads)
+        return {"x": x.detach(), "map": unsigned_dynamic_codebook(), **optimizer.state[x]}
+
+    got = trained()
+    torch.set_default_dtype(torch.float32)
+    for name, expected in trained().items():
+        assert got[name].dtype == expected.dtype
+        assert torch.equal(got[name], expected)
 
 
 def test_the_unsigned_map_is_what_its_docstring_says():

@@ -6,12 +6,12 @@ returns a list of problems; `test_book_checks.py` proves that each can fail.
 
 import importlib.metadata
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet

@@ -20,6 +20,7 @@ import statistics
 from pathlib import Path
 
 import torch
+import writing
 from lora2qlora.lab import measured
 from lora2qlora.lab.models import cache_directory, load_base_model
 from lora2qlora.lab.tasks import load_task, load_text
@@ -111,9 +112,8 @@ def keep_directions(task: str, seed: int, parts: dict, steps: int) -> None:
     for name, (U, _, Vh) in parts.items():
         tensors[name + ".U"] = U[:, :COMPARED].contiguous()
         tensors[name + ".V"] = Vh[:COMPARED].T.contiguous()
-    file = directions_file(task, seed, steps)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file)
+    with writing.whole(directions_file(task, seed, steps)) as partial:
+        save_file(tensors, partial)
 
 
 def compare(first: tuple[str, int], second: tuple[str, int], steps: int) -> dict:

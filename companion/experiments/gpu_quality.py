@@ -9,7 +9,7 @@ import gc
 import math
 from functools import cache, partial
 
-import quantization_atlas as atlas
+import atlas_runs as atlas
 import rank_sweep as sweep
 import recipe
 import torch

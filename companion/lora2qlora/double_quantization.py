@@ -54,10 +54,10 @@ def dynamic_codebook() -> Float32[Tensor, "256"]:
     """
     positive = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         positive.append(10 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2)
     positive = torch.cat(positive)
-    return torch.cat([-positive, torch.tensor([0.0, 1.0]), positive]).sort().values
+    return torch.cat([-positive, positive.new_tensor([0.0, 1.0]), positive]).sort().values
 
 
 with torch.device("cpu"):

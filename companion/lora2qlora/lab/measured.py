@@ -13,7 +13,8 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from filelock import FileLock
 
 RECORDS = Path(__file__).parent / "records"
 VERSIONS_OF = ("torch", "transformers", "peft", "bitsandbytes")
+# Two names after a slash that begins a word, or a drive of Windows: records are published.
+MACHINE_PATH = re.compile(r"(?<![\w.:/~}$-])/[\w.@+-]+/[\w.@+-]+|\b[A-Za-z]:[\\/]\w|file:/")
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,26 @@ def load(name: str, directory: Path | None = None) -> list[Record]:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "none yet"
         raise FileNotFoundError(f"no records of {name!r} in {path.parent}; there are: {known}")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            records.append(_parse(line))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not a record: {error}") from error
     return records
+
+
+def _parse(line: bytes) -> Record:
+    """A line's record. Raises ValueError, TypeError, RecursionError where it is none."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    found = Record(**json.loads(line.decode("utf-8"), parse_constant=refuse))
+    for field in fields(found):
+        value, kind = getattr(found, field.name), int if field.name == "seed" else dict
+        if type(value) is not kind:
+            raise ValueError(f"{field.name} is {kind.__name__}, got {value!r}"[:200])
+    return found
 
 
 def on_gpu(part: str, job: str = "", directory: Path | None = None) -> list[Record]:
@@ -67,21 +84,44 @@ def on_gpu(part: str, job: str = "", directory: Path | None = None) -> list[Reco
 def record(name: str, configuration: dict, figures: dict, seed: int, directory: Path | None = None) -> Record:
     """Append one run, atomically; a second process waits its turn.
 
-    Raises ValueError where something is not plain JSON (a tensor, NaN or infinity): nothing is written.
+    Raises ValueError: something that is not plain JSON (a tensor, NaN or infinity), or holds a path of this
+    machine, or a line before is damaged; OSError: a full or closed disk. The records are as they were then.
     """
     path = _path(name, directory)
     new = Record(dict(configuration), seed, dict(figures), provenance())
     try:
         line = json.dumps(asdict(new), allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
+        _parse(line.encode())
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a record of {name!r} must be plain, finite JSON: {error}") from error
+    for text in _texts(json.loads(line)):
+        if found := MACHINE_PATH.search(text):
+            raise ValueError(f"a record of {name!r} is published, but names {found[0]!r} of this machine")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{name}.lock")):
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        partial = path.with_suffix(".partial")
-        partial.write_text(before + line + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        if path.exists():
+            load(name, directory)  # what follows a line that is damaged would be lost with it
+        before = path.read_bytes() if path.exists() else b""
+        if before and not before.endswith(b"\n"):  # cut by hand: this record is not to join the last
+            before += b"\n"
+        partial = path.with_name(f".{name}.partial")  # what a killed process left is written over
+        try:
+            partial.write_bytes(before + line.encode() + b"\n")
+            os.replace(partial, path)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot add a record to {path}: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
     return new
+
+
+def _texts(value) -> Iterator[str]:
+    """Every text in plain JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def is_recorded(name: str, configuration: dict, seed: int, directory: Path | None = None) -> bool:
@@ -98,7 +138,7 @@ def provenance() -> dict[str, str]:
 
     cuda = torch.cuda.is_available()
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(0) if cuda else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in VERSIONS_OF},

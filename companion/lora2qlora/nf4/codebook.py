@@ -13,7 +13,7 @@ def _nf4_values() -> tuple[float, ...]:
 
     def quantiles(count):
         # float32 points, as in bitsandbytes: the last bits of the table hang on it
-        points = torch.linspace(OFFSET, 0.5, count + 1, device="cpu")[:-1]
+        points = torch.linspace(OFFSET, 0.5, count + 1, dtype=torch.float32, device="cpu")[:-1]
         return torch.special.ndtri(points.double())
 
     zero = torch.zeros(1, dtype=torch.float64, device="cpu")

@@ -19,9 +19,9 @@ def unsigned_dynamic_codebook() -> Float32[Tensor, "256"]:
     twice as many in each as `dynamic_codebook` has on one side. Equal bit for bit to bitsandbytes'
     `create_dynamic_map(signed=False)`. Dettmers et al. (2021, arXiv 2110.02861), section 2. Chapter 12.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + 1) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (decade + 1) + 1, dtype=torch.float32)
         values.append(10 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2)
     return torch.cat(values).sort().values
 

@@ -116,14 +116,14 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _start(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter before its first step: all zero, whatever the codes, as absmax is 0."""
-        state = {"step": torch.zeros(())}
+        state = {"step": torch.zeros((), dtype=torch.float32)}
         small = parameter.numel() < self.min_8bit_size
         blocks = -(-parameter.numel() // self.block_size)
         for name in STATES:
             dtype = torch.float32 if small else torch.uint8
             state[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
             if not small:
-                state[f"{name}_absmax"] = torch.zeros(blocks, device=parameter.device)
+                state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
         return state
 
     def _update(self, parameter: Tensor, group: dict) -> None:

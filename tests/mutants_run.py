@@ -1,0 +1,270 @@
+"""Run a room's tests on its mutants: one process that has everything imported, and a fork for each mutant.
+
+A fork works on a copy of the package in which one file is a mutant, and imports it anew, so that tables
+made on import, cached values, sources and child processes are all the mutant's. It runs the tests that
+reach the changed lines, the quickest first, and stops at the first that fails.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import coverage
+import pytest
+from hypothesis import Phase, settings
+
+EXAMPLES = 30  # of hypothesis, the same each time and not made smaller
+# A test that hangs on the clock would catch anything under load.
+CLOCK = ("test_every_preset_takes_less_than_50_ms",)
+PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench and not browser")
+PYTEST += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # what is imported before the fork
+
+
+BROKEN = 70  # the exit status where this file fails, and not a test
+
+
+class Choice:
+    """A pytest plugin: keeps the chosen tests, quickest first, and measures what it is asked to."""
+
+    def __init__(
+        self, seconds: dict[str, float] | None = None, tracer: coverage.Coverage | None = None, patience=0.0
+    ):
+        self.chosen, self.tracer, self.patience = seconds, tracer, patience
+        self.set_alarm(0.0)
+        self.seconds, self.failed = {}, []
+        self.uses = {}  # a test's wide fixtures and cached helpers count as its own
+        self.caches = []
+
+    def set_alarm(self, usual: float) -> None:
+        """End this process by SIGALRM where something takes far longer than usual [s]."""
+        if self.patience:
+            signal.setitimer(signal.ITIMER_REAL, self.patience + 10 * usual)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        """Drop what is not chosen, order the rest, and keep hypothesis brief."""
+        items[:] = [i for i in items if i.name not in CLOCK]
+        if self.chosen is not None:
+            items[:] = [i for i in items if i.nodeid in self.chosen] or items
+            items.sort(key=lambda i: self.chosen.get(i.nodeid, 0.0))
+        for item in items:
+            if now := getattr(item.obj, "_hypothesis_internal_use_settings", None):
+                brief = settings(
+                    now, max_examples=min(EXAMPLES, now.max_examples), derandomize=True, database=None,
+                    phases=[Phase.explicit, Phase.generate],
+                )  # fmt: skip
+                getattr(item.obj, "__func__", item.obj)._hypothesis_internal_use_settings = brief
+        self.uses = {i.nodeid: {f"fixture {name}" for name in i.fixturenames} for i in items}
+        mine = [m for name, m in sys.modules.items() if name.startswith(("lora2qlora", "test_"))]
+        self.caches = [o for m in mine for o in vars(m).values() if hasattr(o, "cache_clear")]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        """Measured, a test starts without what others have cached, and its lines are put to its name."""
+        if self.tracer:
+            for cached in self.caches:
+                cached.cache_clear()
+            self.tracer.switch_context(item.nodeid)
+        self.set_alarm((self.chosen or {}).get(item.nodeid, 0.0))
+        start = time.perf_counter()
+        yield
+        self.seconds[item.nodeid] = time.perf_counter() - start
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        """Lines of a fixture that tests share belong to all of them."""
+        shared = self.tracer and fixturedef.scope != "function"
+        if shared:
+            self.tracer.switch_context(f"fixture {fixturedef.argname}")
+        yield
+        if shared:
+            self.tracer.switch_context(request.node.nodeid if request.scope == "function" else self.now)
+
+    def pytest_runtest_logstart(self, nodeid):
+        """Remember which test it is."""
+        self.now = nodeid
+
+    def pytest_runtest_logreport(self, report):
+        """Remember what failed."""
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+class Workshop:
+    """Copies of the package to break, and forks that test them."""
+
+    def __init__(self, root: Path, jobs: int, patience: float = 20):
+        self.root, self.jobs, self.patience = (
+            root,
+            jobs,
+            patience,
+        )  # [s] for a test, beside ten times what it took
+        os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        sys.path.insert(0, str(root / "tests"))
+        self.kept = tempfile.TemporaryDirectory(prefix="mutants-")  # as long as this object
+        self.folder = Path(self.kept.name)
+        self.slots = [self.folder / str(i) for i in range(jobs)]
+        package = root / "companion" / "lora2qlora"
+        for slot in self.slots:
+            shutil.copytree(package, slot / "lora2qlora", ignore=shutil.ignore_patterns("lab", "__pycache__"))
+            (slot / "lora2qlora" / "lab").symlink_to(package / "lab")
+
+    def run(self, room: str, mutants: list, tests: Iterable[str] = ()) -> dict:
+        """caught, time-out or survived for each mutant, in the order given."""
+        files = list(tests) or [str(self.root / "tests" / f"test_{room}.py")]
+        seconds, lines = self._measure(files)
+        self._check_unchanged(files, seconds)
+        waiting, running, outcomes = list(mutants), {}, dict.fromkeys(mutants, "")
+        progress = _Progress(room, len(mutants))
+        while waiting or running:
+            while waiting and len(running) < self.jobs:
+                mutant = waiting.pop(0)
+                slot = next(s for s in self.slots if s not in [busy for _, busy in running.values()])
+                chosen = _reaching(mutant, lines, seconds)
+                pid = self._fork(slot, mutant, files, chosen)
+                running[pid] = mutant, slot
+            self._collect(running, outcomes)
+            progress.tell(len(mutants) - len(waiting) - len(running))
+        return outcomes
+
+    def _measure(self, files: list[str]) -> tuple[dict[str, float], dict]:
+        """Seconds of each test that passes, and per file and line the tests that reach it."""
+        slot, kept = self.slots[0], self.folder / "measured"
+
+        def work():
+            sys.dont_write_bytecode = False  # compiled once, of the unchanged files, for all forks
+            tracer = coverage.Coverage(data_file=None, source=[str(slot / "lora2qlora")], config_file=False)
+            tracer.start()
+            choice = Choice(tracer=tracer)
+            pytest.main([*PYTEST[1:], *files], plugins=[choice])
+            tracer.stop()
+            data, lines = tracer.get_data(), {}
+            for path in data.measured_files():
+                file = str(Path(path).relative_to((slot / "lora2qlora").resolve()))
+                lines[file] = data.contexts_by_lineno(path)
+            modules = [name for name in sys.modules if not name.startswith(("lora2qlora", "test_", "__"))]
+            passed = {t: s for t, s in choice.seconds.items() if t not in choice.failed}
+            kept.write_bytes(pickle.dumps((passed, choice.uses, lines, modules, choice.failed)))
+            return 0
+
+        if code := _wait(self._child(slot, work)):
+            raise RuntimeError(f"counting lines failed ({code}):\n{(slot / 'log').read_text()[-2000:]}")
+        seconds, uses, lines, modules, failed = pickle.loads(kept.read_bytes())
+        if failed:
+            print("left out, as they fail while lines are counted:", *failed, sep="\n  ")
+        _import_all(modules)
+        return seconds, {file: _tests_of(at, seconds, uses) for file, at in lines.items()}
+
+    def _check_unchanged(self, files: list[str], seconds: dict[str, float]) -> None:
+        """The package as it is passes in a fork; RuntimeError otherwise."""
+        if code := _wait(self._fork(self.slots[0], None, files, seconds)):
+            said = (self.slots[0] / "log").read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"tests fail without a mutant (pytest says {code}): {files}\n{said}")
+
+    def _fork(self, slot: Path, mutant, files: list[str], chosen: dict[str, float]) -> int:
+        """The pid of a child that tests one mutant, or none."""
+        if mutant:
+            broken = slot / "lora2qlora" / mutant.file
+            broken.write_text(mutant.code, encoding="utf-8")
+        return self._child(
+            slot, lambda: pytest.main([*PYTEST, *files], plugins=[Choice(chosen, patience=self.patience)])
+        )
+
+    def _child(self, slot: Path, work: Callable[[], int]) -> int:
+        """Fork, with the package of `slot` the one that is imported; the exit status is what work gives."""
+        sys.stdout.flush()
+        if pid := os.fork():
+            return pid
+        code = BROKEN
+        try:
+            os.setsid()
+            gc.disable()
+            sys.dont_write_bytecode = True  # else a mutant of the same second and size stays
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            log = os.open(slot / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.chdir(self.root)
+            os.environ["PYTHONPATH"] = str(slot)
+            sys.path.insert(0, str(slot))
+            code = int(work())
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+
+    def _collect(self, running: dict, outcomes: dict) -> None:
+        """Wait for one; note how it ended, and mend its copy."""
+        pid, status = os.wait()
+        mutant, slot = running.pop(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # its own children
+        code = os.waitstatus_to_exitcode(status)
+        if code in (pytest.ExitCode.USAGE_ERROR, BROKEN):
+            raise RuntimeError(f"could not run: {mutant.key}\n{(slot / 'log').read_text()[-2000:]}")
+        outcomes[mutant] = {0: "survived", -signal.SIGALRM: "time-out"}.get(code, "caught")
+        shutil.copy2(self.root / "companion" / "lora2qlora" / mutant.file, slot / "lora2qlora" / mutant.file)
+
+
+def _reaching(mutant, lines: dict, seconds: dict[str, float]) -> dict[str, float]:
+    """The tests that reach a mutant's lines; all of them where none is seen to (a child process may)."""
+    first, last = mutant.lines
+    at = lines.get(mutant.file, {})
+    found = set().union(*(at.get(line, set()) for line in range(first, last + 1)))
+    return {test: seconds[test] for test in found} or seconds
+
+
+def _tests_of(contexts: dict, seconds: dict[str, float], uses: dict) -> dict[int, set[str]]:
+    """Per line the tests that reach it; what is run on import is reached by all."""
+    users = defaultdict(set)
+    for test in seconds:
+        for fixture in uses[test]:
+            users[fixture].add(test)
+    all_tests = set(seconds)
+    return {
+        line: set().union(*(all_tests if c == "" else {c} & all_tests | users.get(c, set()) for c in names))
+        for line, names in contexts.items()
+    }
+
+
+def _import_all(modules: list[str]) -> None:
+    """Import what the tests import, so that no fork has to; what cannot be is left to them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in modules:
+            if not name.startswith(("conftest", "book_", "mutants", "tests")):
+                with contextlib.suppress(BaseException):
+                    importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a fork need not look through what will stay
+
+
+def _wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class _Progress:
+    """How far a room is: all the time on a terminal, once a minute elsewhere."""
+
+    def __init__(self, room: str, of: int):
+        self.room, self.of, self.start, self.told = room, of, time.monotonic(), time.monotonic()
+
+    def tell(self, done: int) -> None:
+        now, live = time.monotonic(), sys.stderr.isatty()
+        if live or now - self.told > 60:
+            self.told = now
+            begin, end = ("\r", " ") if live else ("", "\n")
+            text = f"{begin}{self.room}: {done} of {self.of}, {now - self.start:.0f} s"
+            print(text, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,53 @@
+"""make: a failed installation never counts as done, with the oldest make that readers have too."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = """#!/bin/sh
+# Stands for Python: `-m venv FOLDER` makes a folder whose pip answers {code}.
+[ "$2" = venv ] || exit 0
+mkdir -p "$3/bin"
+printf '#!/bin/sh\\necho Collecting torch\\nexit {code}\\n' > "$3/bin/pip"
+chmod +x "$3/bin/pip"
+"""
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """A function that runs `make setup` with a pip that ends in `code`: (exit code, output, folder)."""
+    for name in ("Makefile", "environment.yml", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def run(code):
+        python = tmp_path / "python"
+        python.write_text(VENV.format(code=code), encoding="utf-8")
+        python.chmod(0o755)
+        # The flags of an outer make would reach this one.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        command = ["make", "setup", f"PYTHON={python}", "VENV=env"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr, tmp_path / "env"
+
+    return run
+
+
+def test_a_failed_installation_is_not_done(setup):
+    code, output, folder = setup(3)
+    assert code != 0
+    assert "installing failed" in output
+    assert "Collecting torch" in output
+    assert not (folder / ".installed").exists()
+    assert "Ready" not in output
+
+
+def test_an_installation_that_ends_well_is_done(setup):
+    code, output, folder = setup(0)
+    assert code == 0, output
+    assert {".installed", ".package", ".model"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "pins.txt").read_text().startswith("accelerate==")
+    assert "Ready" in output
