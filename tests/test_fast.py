@@ -627,6 +627,12 @@ def test_a_compiler_may_be_named_with_options(forgotten, tmp_path):
     assert library.load_library() is not None
 
 
+def test_a_compiler_that_cannot_be_read_as_a_command_stays_plain(forgotten):
+    forgotten.setenv("CXX", "g++ 'unbalanced")
+    with pytest.warns(UserWarning, match="plain path on the CPU: .*No closing quotation"):
+        assert library.load_library() is None
+
+
 def test_without_a_temporary_folder_it_stays_plain(forgotten):
     def none_usable(*arguments, **options):
         raise FileNotFoundError("no usable temporary directory")
