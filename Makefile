@@ -9,7 +9,8 @@ BIN    := $(VENV)/bin
 # environment.yml is the one list of versions; it is read before anything is installed.
 MODELS := $(shell sed -n 's/^\# no-deps: //p' environment.yml)
 MUTMUT := $(shell sed -n 's/^\# mutants: //p' environment.yml)
-NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
+NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 600 \
+  --nbval-sanitize-with tests/nbval_sanitize.cfg
 # No notebook and no test may reach a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
 # The Python that readers name is one that pyproject.toml allows.

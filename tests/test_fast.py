@@ -918,3 +918,20 @@ def test_the_experiment_runs_dry_and_resumes(experiment, tmp_path, monkeypatch, 
 def test_a_speedup_is_taken_within_a_round(experiment):
     seconds = {"theirs": [2.0, 40.0, 6.0], "ours": [1.0, 10.0, 6.0]}
     assert experiment("speed_rounds").speedups(seconds, "theirs") == {"theirs": 1.0, "ours": 2.0}
+
+
+def test_peaks_are_weighed_and_kernels_compared_by_the_script_itself(experiment, monkeypatch, capsys):
+    speed, step, triton = (experiment(name) for name in ("speed", "speed_step", "speed_triton"))
+    monkeypatch.setattr(step, "build_model", lambda name: (name, None))
+    monkeypatch.setattr(step, "train_step", lambda model, optimizer, tokens: 1.0)
+    monkeypatch.setattr(speed, "weigh", {"fast": 7, "plain": 8}.get)
+    monkeypatch.setattr(speed, "interpreted", lambda shapes: {"compared": shapes})
+
+    def run(command, **options):
+        assert command[:2] == [sys.executable, speed.__file__]
+        speed.main(command[2:])
+        return subprocess.CompletedProcess(command, 0, stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(step.subprocess, "run", run)
+    assert step.time_step(["fast", "plain"], 1)["peak_bytes"] == {"fast": 7, "plain": 8}
+    assert triton.run_interpreted([[2, 3]]) == {"compared": [[2, 3]]}
