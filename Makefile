@@ -9,9 +9,13 @@ BIN    := $(VENV)/bin
 # environment.yml is the one list of versions; it is read before anything is installed.
 MODELS := $(shell sed -n 's/^\# no-deps: //p' environment.yml)
 MUTMUT := $(shell sed -n 's/^\# mutants: //p' environment.yml)
-NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
+NBVAL  := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 600 \
+  --nbval-sanitize-with tests/nbval_sanitize.cfg
 # No notebook and no test may reach a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
+# The Python that readers name is one that pyproject.toml allows.
+RIGHT  := import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, \
+  $(PYTHON) is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])
 PAGE   := _build/html/index.html
 
 .PHONY: help setup book test test-fast test-browser bench mutants fuzz drift drift-here versions-page outputs lab lint \
@@ -22,8 +26,7 @@ help:  ## this list
 
 $(VENV)/.installed: environment.yml
 	@echo "==> environment in $(VENV) (once; about a minute and 3 GB)"
-	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, \
-	$(PYTHON) is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])'
+	@$(PYTHON) -c '$(RIGHT)'
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: install your system's python3-venv"; exit 1; }
 	@sed -n 's/^ *- \([A-Za-z0-9_.-]*==.*\)/\1/p' environment.yml > $(VENV)/pins.txt
 	@set -o pipefail; \
@@ -79,9 +82,11 @@ fuzz: setup  ## COUNT=1000000 damaged files and states, or SECONDS=60; SEED=123 
 	  --count $(or $(COUNT),1000000) --seconds $(or $(SECONDS),inf)
 
 drift:  ## build throw-away stacks of other versions and check each (STACKS="oldest colab", FRESH=1)
+	@$(PYTHON) -c '$(RIGHT)'
 	@$(PYTHON) tests/drift.py $(STACKS) $(if $(FRESH),--fresh)
 
 drift-here:  ## the same checks with the versions that PYTHON has
+	@$(PYTHON) -c '$(RIGHT)'
 	@$(PYTHON) tests/drift.py --here
 
 versions-page:  ## write the tables of book/versions.md from the record of make drift
@@ -110,4 +115,4 @@ data: setup  ## SOURCES=folder: rebuild the data extracts and compare them with 
 	@$(BIN)/python companion/experiments/build_data.py --sources $(SOURCES) --check
 
 clean:  ## remove what make built, the environment excepted
-	@rm -rf _build .pytest_cache .ruff_cache .hypothesis
+	@rm -rf _build .pytest_cache .ruff_cache .hypothesis .drift

@@ -121,7 +121,7 @@ def check_loaded(model: nn.Module, names: list[str], path: Path) -> None:
             )
         assert type(layer.rank) is int, f"rank {layer.rank!r}"
         assert type(layer.alpha) in (int, float), f"alpha {layer.alpha!r}"
-        assert 0 < layer.scaling < math.inf, f"alpha {layer.alpha!r}"
+        assert 0 <= layer.scaling < math.inf, f"alpha {layer.alpha!r}"
         assert type(layer.dropout.p) in (int, float), f"dropout {layer.dropout.p!r}"
     trained = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"lora_A", "lora_B"}, f"{trained} train"

@@ -18,8 +18,10 @@ from lora2qlora.blockwise import (
     fp4_codebook,
     int_codebook,
     quantize_blockwise,
+    table,
 )
 from lora2qlora.memory import track_peak
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CODEBOOKS = {
@@ -489,3 +491,49 @@ def test_the_record_is_frozen():
     assert isinstance(q, BlockwiseQuantized)
     with pytest.raises(AttributeError):
         q.block_size = 2
+
+
+# Under a tracer, and without numbers.
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, on tracing
+def test_under_compile_it_gives_the_same_and_refuses_the_same():
+    torch._dynamo.reset()
+
+    def there_and_back(x, codebook):
+        return dequantize_blockwise(quantize_blockwise(x, codebook, 16), codebook)
+
+    compiled = torch.compile(there_and_back, backend="eager")
+    x, codebook = torch.linspace(-3, 3, 70), int_codebook(4)
+    assert torch.equal(compiled(x, codebook), there_and_back(x, codebook))
+    with pytest.raises(ValueError, match="1 of 70 numbers are not finite"):
+        compiled(torch.cat([x[1:], torch.tensor([math.inf])]), codebook)
+    with pytest.raises(ValueError, match="a codebook ascends"):
+        compiled(x, codebook.flip(0))
+
+
+def test_fake_numbers_are_quantized_to_fake_codes():
+    with FakeTensorMode():
+        q = quantize_blockwise(torch.empty(5, 14), int_codebook(4), 16)
+        back = dequantize_blockwise(q, int_codebook(4))
+    assert (q.indices.shape, q.absmax.shape, back.shape) == ((70,), (5,), (5, 14))
+    with FakeTensorMode(), pytest.raises(TypeError, match=r"torch\.int64"):
+        quantize_blockwise(torch.zeros(3, dtype=torch.int64), int_codebook(4))
+
+
+def test_a_table_is_where_the_tensor_is_whatever_the_default():
+    values = tuple(int_codebook(4).tolist())
+    with torch.device("meta"):
+        here, away = table(values, torch.empty(1, device="cpu")), table(values, torch.empty(1))
+    assert torch.equal(here, int_codebook(4))
+    assert away.is_meta
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_its_table():
+    values, beside = tuple(int_codebook(4).tolist()), torch.empty(1, device="cuda")
+    with torch.inference_mode():
+        first = table(values, beside)
+    assert table(values, beside) is first
+    assert not first.is_inference()
+    assert torch.equal(first.cpu(), int_codebook(4))

@@ -396,6 +396,8 @@ CHAPTER_DEFECTS = [
     ("colab_cell", "another address", swap(ADDRESS, "https://github.com/old/a-book")),
     ("colab_cell", "another version", swap("a-model==0.1", "a-model==0.2")),
     ("colab_cell", "a package short", swap(" some-weights==0.2", "")),
+    ("colab_cell", "an old torchao left", swap("    %pip uninstall -qq -y torchao\n", "")),
+    ("colab_cell", "torch free to move", swap("\"torch=={had['torch']}\" ", "")),
     ("colab_cell", "in sight", tags("google.colab", "colab")),
     ("colab_cell", "twice", tags("assert naive_double(2)", "colab")),
     ("colab_cell", "not first", after("# Quickstart", code("early = 1", "hide-cell"))),

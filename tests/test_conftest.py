@@ -1,9 +1,10 @@
-"""The tests' own guard: nothing but this machine can be reached."""
+"""The tests' own guard: nothing but this machine can be reached, and no example has a deadline."""
 
 import os
 import socket
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 
 @pytest.mark.parametrize("method", ["connect", "connect_ex"])
@@ -38,3 +39,8 @@ def test_the_hub_is_offline():
 
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert constants.HF_HUB_OFFLINE
+
+
+def test_an_example_may_take_any_time():
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check

@@ -412,6 +412,17 @@ def test_it_compiles_whole_and_to_the_last_bit(backend):
         compiled(-absmax)
 
 
+def test_the_operators_are_what_their_schemas_and_shapes_say():
+    """torch's own check: nothing else is written, and fake results are like real ones."""
+    q = quantize_absmax(random_absmax("uniform", 300), 100)
+    for name, arguments in (
+        ("quantize_absmax", (torch.rand(300), 100)),
+        ("dequantize_absmax", (q.codes, q.scales, q.offset, 100)),
+    ):
+        operator = getattr(torch.ops.lora2qlora, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_fake_values_have_the_shapes_of_real_ones_and_leave_nothing_behind():
     absmax = torch.rand(300)
     with FakeTensorMode():

@@ -567,6 +567,24 @@ def test_the_triton_kernels_are_operators_too():
     assert both(torch.empty(3, 64, device="meta")).shape == (3, 40)
 
 
+def test_the_operators_are_what_their_schemas_and_shapes_say():
+    """torch's own check: what is written is named, and fake results are like real ones."""
+    plain = nf4.quantize_nf4(normal(7, 32), 16)
+    absmax, out = double_quantize(plain, 4).absmax, torch.empty(7, 32)
+    nested = (plain.packed, absmax.scales, absmax.codes, absmax.offset, 4, 16, out)
+    states = [torch.zeros(600, dtype=torch.uint8), torch.zeros(3)] * 2
+    states = [t.clone() for t in states]
+    codebooks = (dynamic_codebook(), optimizers.unsigned_dynamic_codebook())
+    options = [0.1, 0.9, 0.99, 1e-8, 0.0]
+    for operator, arguments in (
+        (weights.quantize, (normal(7, 32), 16)),
+        (weights.dequantize, (plain.packed, plain.absmax, None, None, 0, 16, out)),
+        (weights.dequantize, nested),
+        (adam.step_in_place, (normal(600), normal(600), *states, *codebooks, options, 1, 256)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_call_costs_one_operator_and_no_more(monkeypatch):
     """What the fast path calls of torch, without a stopwatch: the scratch's views, and its operator."""
     seen = []
@@ -625,6 +643,12 @@ def test_a_compiler_may_be_named_with_options(forgotten, tmp_path):
     compiler.chmod(0o755)
     forgotten.setenv("CXX", f"{compiler} -pipe")
     assert library.load_library() is not None
+
+
+def test_a_compiler_that_cannot_be_read_as_a_command_stays_plain(forgotten):
+    forgotten.setenv("CXX", "g++ 'unbalanced")
+    with pytest.warns(UserWarning, match="plain path on the CPU: .*No closing quotation"):
+        assert library.load_library() is None
 
 
 def test_without_a_temporary_folder_it_stays_plain(forgotten):
@@ -894,3 +918,20 @@ def test_the_experiment_runs_dry_and_resumes(experiment, tmp_path, monkeypatch, 
 def test_a_speedup_is_taken_within_a_round(experiment):
     seconds = {"theirs": [2.0, 40.0, 6.0], "ours": [1.0, 10.0, 6.0]}
     assert experiment("speed_rounds").speedups(seconds, "theirs") == {"theirs": 1.0, "ours": 2.0}
+
+
+def test_peaks_are_weighed_and_kernels_compared_by_the_script_itself(experiment, monkeypatch, capsys):
+    speed, step, triton = (experiment(name) for name in ("speed", "speed_step", "speed_triton"))
+    monkeypatch.setattr(step, "build_model", lambda name: (name, None))
+    monkeypatch.setattr(step, "train_step", lambda model, optimizer, tokens: 1.0)
+    monkeypatch.setattr(speed, "weigh", {"fast": 7, "plain": 8}.get)
+    monkeypatch.setattr(speed, "interpreted", lambda shapes: {"compared": shapes})
+
+    def run(command, **options):
+        assert command[:2] == [sys.executable, speed.__file__]
+        speed.main(command[2:])
+        return subprocess.CompletedProcess(command, 0, stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(step.subprocess, "run", run)
+    assert step.time_step(["fast", "plain"], 1)["peak_bytes"] == {"fast": 7, "plain": 8}
+    assert triton.run_interpreted([[2, 3]]) == {"compared": [[2, 3]]}

@@ -799,3 +799,26 @@ def test_a_gpu_takes_four_megabytes_beside_input_and_output():
     before = torch.cuda.memory_allocated()
     q = quantize_nf4(w)
     assert torch.cuda.max_memory_allocated() - before < q.nbytes + 6e6
+
+
+def test_the_operators_are_what_their_schemas_and_shapes_say():
+    """torch's own check: nothing else is written, and fake results are like real ones."""
+    q, operators = quantize_nf4(normal(7, 31), 16), torch.ops.lora2qlora
+    for operator, arguments in (
+        (operators.quantize_nf4.default, (normal(7, 31), 16)),
+        (operators.dequantize_nf4.default, (q.packed, q.absmax, 16, torch.empty(7, 31))),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_can_record_it_in_a_graph():
+    """Nothing is copied from the host, and no value is read, while a stream is captured."""
+    q = quantize_nf4(normal(64, 64).cuda())
+    expected, out = dequantize_nf4(q), torch.empty(64, 64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dequantize_nf4(q, out=out)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)

@@ -1,9 +1,13 @@
 """optimizers: bitsandbytes' 8-bit AdamW bit for bit, torch's in 32 bits, states on disk, paging counted."""
 
+import copy
 import inspect
 import json
 import math
+import pickle
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -832,3 +836,184 @@ def test_a_save_that_fails_at_the_last_moment_leaves_the_old_file_and_nothing_el
         save_optimizer(optimizer, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# On an error nothing is changed; a copy is whole.
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.clear(), "a state dict has state and param_groups"),
+        (lambda s: s.pop("state"), "a state dict has state and param_groups"),
+        (lambda s: s.update(param_groups={}), "a state dict has"),
+        (lambda s: s.update(param_groups=[3]), "a state dict has"),
+        (lambda s: s["state"].update({0: [1]}), "a state dict has"),
+        (lambda s: s["param_groups"][0].update(params=7), r"the state is for \[0\]"),
+        (lambda s: s["param_groups"][0].update(params=[0, 0]), "params are ints, each once"),
+        (lambda s: s["param_groups"][0].update(params=[0, "1"]), "params are ints, each once"),
+        (lambda s: s["param_groups"][0].update(params=[0, [1]]), "params are ints, each once"),
+        (lambda s: s["param_groups"][0].update(lr="0.1"), "got 0.1"),
+        (lambda s: s["param_groups"][0].update(lr=None), "got None"),
+        (lambda s: s["param_groups"][0].update(lr=True), "got True"),
+        (lambda s: s["param_groups"][0].update(lr=10**400), "got 1000"),
+        (lambda s: s["param_groups"][0].update(lr=1e39), "got 1e"),
+        (lambda s: s["param_groups"][0].update(weight_decay=[1]), r"got 0.001, \[1\]"),
+        (lambda s: s["param_groups"][0].update(betas=0.9), "betas are two numbers"),
+        (lambda s: s["param_groups"][0].update(betas=["a", "b"]), "betas are two numbers"),
+        (lambda s: s["param_groups"][0].update(eps=1e-50), "eps must be positive"),
+        (lambda s: s["param_groups"][0].update(eps=10**400), "eps must be positive"),
+        (lambda s: s["state"][0].update(step=3.0), "does not fit: .*'step': 'float'"),
+        (lambda s: s["state"][0].update(exp_avg=None), "'exp_avg': 'NoneType'"),
+        (lambda s: s["state"][1].update(exp_avg=s["state"][1]["exp_avg"].to("meta")), "on meta"),
+        (lambda s: s["state"][0].pop("exp_avg_sq_absmax"), "state of parameter 0 does not fit"),
+        (lambda s: s["state"][0].update({3: torch.ones(1)}), "state of parameter 0 does not fit"),
+        (lambda s: s["state"].update({"x": {"step": torch.ones(())}}), "for a parameter x"),
+    ],
+)
+def test_a_damaged_state_is_refused_by_what_is_wrong_and_nothing_changes(spoil, message):
+    saved, optimizer = trained_pair().state_dict(), trained_pair()
+    spoil(saved)
+    refuses(optimizer, saved, message)
+
+
+def test_what_is_no_state_dict_is_refused():
+    for wrong in (None, 3, [], "state"):
+        refuses(trained_pair(), wrong, "a state dict has state and param_groups")
+
+
+def test_codes_beyond_a_smaller_codebook_are_refused_when_they_are_loaded():
+    """Else a step would find out, with some parameters changed and others not."""
+    small = (int_codebook(4), torch.linspace(0, 1, 15))
+    optimizer = AdamW8bit(pair(), codebooks=small)
+    refuses(
+        optimizer, trained_pair().state_dict(), "exp_avg of parameter 0 has code .* beyond a codebook of 15"
+    )
+
+
+def test_memory_that_does_not_suffice_for_a_state_leaves_the_old_one(monkeypatch):
+    saved, optimizer = trained_pair().state_dict(), trained_pair()
+    before, copy_of = copies(*tensors_of(optimizer)), torch.Tensor.to
+
+    def fails(tensor, *arguments, **options):
+        if tensor.shape == (33,):
+            raise MemoryError("out of memory")
+        return copy_of(tensor, *arguments, **options)
+
+    saved["param_groups"][0]["lr"] = 0.5
+    monkeypatch.setattr(torch.Tensor, "to", fails)
+    with pytest.raises(MemoryError):
+        optimizer.load_state_dict(saved)
+    assert all(map(torch.equal, tensors_of(optimizer), before))
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_an_optimizer_takes_the_same_steps(way):
+    from lora2qlora import fast
+
+    codebooks = (dynamic_codebook(), unsigned_dynamic_codebook())
+    parameters = pair()
+    optimizer = AdamW8bit(parameters, lr=0.1, block_size=64, min_8bit_size=10, codebooks=codebooks)
+    optimizer.update = fast.adam_step_8bit
+    steps_of(optimizer, parameters, range(2))
+    twin = way(optimizer)
+    assert (twin.block_size, twin.min_8bit_size, twin.update) == (64, 10, fast.adam_step_8bit)
+    theirs = [p for group in twin.param_groups for p in group["params"]]
+    assert not any(a is b for a, b in zip(parameters, theirs, strict=True))
+    steps_of(twin, theirs, [5])
+    before = copies(*theirs)
+    steps_of(optimizer, parameters, [5])
+    assert all(map(torch.equal, parameters, before))
+    assert all(map(torch.equal, theirs, before))
+    twin.load_state_dict(optimizer.state_dict())
+
+
+def full_disk(monkeypatch):
+    from safetensors import SafetensorError
+
+    def fails(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lora2qlora.optimizers.state_file.save_file", fails)
+
+
+def test_a_full_disk_is_an_oserror_and_the_old_file_stays(tmp_path, monkeypatch):
+    path, optimizer = tmp_path / "state.safetensors", trained_pair()
+    save_optimizer(optimizer, path)
+    whole = path.read_bytes()
+    full_disk(monkeypatch)
+    with pytest.raises(OSError, match=r"state\.safetensors could not be written, the old .*space"):
+        save_optimizer(optimizer, path)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from lora2qlora.optimizers import AdamW8bit, save_optimizer, state_file
+
+def dies(tensors, target, metadata):
+    target.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+state_file.save_file = dies
+save_optimizer(AdamW8bit([torch.nn.Parameter(torch.zeros(3))]), Path(sys.argv[1], "state.safetensors"))
+"""
+
+
+def test_what_a_killed_save_left_is_tidied_by_the_next_of_that_file(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    (left,) = tmp_path.iterdir()
+    other = tmp_path / ".writing-other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text("{}")
+    (tmp_path / ".writing-file").write_text("a file")
+    save_optimizer(trained_pair(), tmp_path / "state.safetensors")
+    assert not left.exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"state.safetensors", ".writing-other", ".writing-file"}
+    load_optimizer(AdamW8bit(pair()), tmp_path / "state.safetensors")
+
+
+def test_two_writers_do_not_tidy_each_other_away(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    path, optimizer, waits = tmp_path / "state.safetensors", trained_pair(), [True]
+
+    def second_writer_meanwhile(tensors, target, metadata):
+        if waits.pop():
+            waits.append(False)
+            save_optimizer(optimizer, path)
+            assert target.parent.exists()
+            waits.append(True)
+        save_file(tensors, target, metadata=metadata)
+
+    monkeypatch.setattr("lora2qlora.optimizers.state_file.save_file", second_writer_meanwhile)
+    save_optimizer(optimizer, path)
+    assert list(tmp_path.iterdir()) == [path]
+    load_optimizer(AdamW8bit(pair()), path)
+
+
+def test_states_and_options_that_a_file_cannot_hold_are_named(tmp_path):
+    p = parameter((4,))
+    plain = torch.optim.SGD([p])
+    plain.state[p]["momentum_buffer"] = None
+    with pytest.raises(ValueError, match=r"0\.momentum_buffer is a NoneType: states of tensors alone"):
+        save_optimizer(plain, tmp_path / "state.safetensors")
+    scheduled = AdamW8bit([parameter((4,))], lr=torch.tensor(0.1))
+    with pytest.raises(ValueError, match="options of plain numbers alone can be saved"):
+        save_optimizer(scheduled, tmp_path / "state.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_nested_beyond_measure_are_no_state(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "state.safetensors"
+    save_file({"0.step": torch.ones(())}, path, metadata={"param_groups": "[" * 100_000})
+    with pytest.raises(ValueError, match="no optimizer's state"):
+        load_optimizer(AdamW8bit(pair()), path)

@@ -881,7 +881,21 @@ def spoiled():
         "the form is None": (lambda s: s.update(_extra_state=None), "got None"),
         "the form is text": (lambda s: s.update(_extra_state="x" * 200), "got x"),
         "the form is meta": (lambda s: s.update(_extra_state=s["_extra_state"].to("meta")), "_extra_state"),
+        "the form is long": (
+            lambda s: s.update(_extra_state=s["_extra_state"].expand(2**40, 4)),
+            "_extra_state",
+        ),
+        "the form is an array": (lambda s: s.update(_extra_state=s["_extra_state"].numpy()), "_extra_state"),
+        "the form is sparse": (
+            lambda s: s.update(_extra_state=s["_extra_state"].to_sparse()),
+            "_extra_state",
+        ),
         "a part on meta": (lambda s: s.update(packed=s["packed"].to("meta")), "no numbers"),
+        "a part is sparse": (
+            lambda s: s.update(scales=s["scales"].to_sparse()),
+            "sparse_coo: pass its .to_dense",
+        ),
+        "the bias is sparse": (lambda s: s.update(bias=s["bias"].to_sparse()), "sparse_coo"),
     }
     return [pytest.param(*way, id=name) for name, way in ways.items()]
 
@@ -917,6 +931,19 @@ def test_assigning_takes_meta_tensors_and_a_bias_of_another_float_dtype():
     assert layer.bias.dtype == torch.float64
     layer.load_state_dict(state | {"bias": state["bias"].half()})
     assert layer.bias.dtype == torch.float64
+
+
+def test_what_is_assigned_is_frozen_and_on_one_device():
+    layer, state = quantized(), quantized(seed=1).state_dict()
+    before = tensors_of(layer)
+    with pytest.raises(RuntimeError, match=r"cannot be assigned tensors of \['cpu', 'meta'\]"):
+        layer.load_state_dict(state | {"bias": state["bias"].to("meta")}, assign=True)
+    assert_same(layer, before)
+    trained = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in state.items()}
+    layer.load_state_dict(trained | {"packed": nn.Parameter(state["packed"], False)}, assign=True)
+    assert not any(tensor.requires_grad for tensor in [*layer.buffers(), *layer.parameters()])
+    assert [*dict(layer.named_buffers())] == [*layer.names]
+    assert_same(layer, tensors_of(quantized(seed=1)))
 
 
 def test_of_many_layers_each_is_whole():

@@ -3,7 +3,7 @@
 import copy
 import gc
 import weakref
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 
 from torch import nn
 
@@ -70,5 +70,8 @@ def _referents(thing) -> list:
         return gc.get_referents(thing)
     known, named = thing.__globals__, []
     if not known.get("__name__", "").startswith("torch."):
-        named = [known[name] for name in thing.__code__.co_names if name in known]
+        codes = [thing.__code__]
+        for code in codes:  # and the functions written inside of it
+            codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        named = [known[name] for code in codes for name in code.co_names if name in known]
     return [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing), *named]

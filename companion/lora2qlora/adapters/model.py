@@ -75,8 +75,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count a model's parameters, each once however often it is used, and those that train.
 
     A linear layer's weight counts in_features x out_features, however it is stored: packed 4-bit weights
-    hold two in a byte. Works on models without data, made under torch.device("meta"). Chapters 04, 11.
+    hold two in a byte. Works on models without data, made under torch.device("meta"). Raises ValueError: an
+    offloaded model, in which weights that are one look like two. Chapters 04, 11.
     """
+    check_here(model)
     total = trainable = 0
     seen = set()
     for module in model.modules():

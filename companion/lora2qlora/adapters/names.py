@@ -72,4 +72,5 @@ def naming(name: str, function, *arguments):
     try:
         return function(*arguments)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error

@@ -11,7 +11,8 @@ import warnings
 from re import _constants as codes
 from re import _parser
 
-STEPS = 1_000_000  # how many pairs of a part and a place may be tried, over all names: about two seconds
+LONGEST = 200_000  # characters of all expressions of a file: compiling takes some 20 microseconds for each
+STEPS = 3_000_000  # how many pairs of a part and a place may be tried, over all names: about two seconds
 ONE_WAY = re.compile(
     r"\^?(?:[\w.-]|\\[.-])*"
 )  # a name with its dots, escaped or not: one way only, `re` is safe
@@ -30,19 +31,20 @@ SINGLE = {codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN, codes.RANGE, co
 class Expression:
     """A regular expression of Python without flags, references to groups, and atomic or possessive parts.
 
-    Raises ValueError, at once or while matching: what is no regular expression, has one of those, or takes
-    more than `steps`.
+    `left` [how many steps may still be taken] may be shared with others. Raises ValueError, at once or
+    while matching: what is no regular expression, has one of those, or takes more steps.
     """
 
-    def __init__(self, pattern: str, steps: int = STEPS):
-        self.pattern, self.left = pattern, steps
+    def __init__(self, pattern: str, left: list[int] | None = None):
+        self.pattern, self.left = pattern, [STEPS] if left is None else left
         try:
             with warnings.catch_warnings(action="ignore"):  # of sets that a later Python may read otherwise
-                self.plain = re.compile(pattern) if ONE_WAY.fullmatch(pattern) else None
-                self.parts = _parser.parse(pattern)
+                compiled = re.compile(pattern)  # finds errors that parsing alone does not
+                self.plain = compiled if ONE_WAY.fullmatch(pattern) else None
+                self.parts = None if self.plain else _parser.parse(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{pattern!r:.80} is no regular expression ({error})") from error
-        if self.parts.state.flags & ~re.UNICODE:
+        if compiled.flags & ~re.UNICODE:
             raise ValueError(f"{pattern!r:.80} has flags, which are not followed here")
 
     def matches(self, name: str) -> bool:
@@ -65,8 +67,8 @@ class Expression:
         """Where in a name parts that follow one another can end, if the first begins at any of `starts`."""
         places = starts
         for code, argument in parts:
-            self.left -= len(places) + 1
-            if self.left < 0:
+            self.left[0] -= len(places) + 1
+            if self.left[0] < 0:
                 raise ValueError(f"{self.pattern!r:.80} takes too long to match: write it shorter")
             places = self._part(code, argument, name, places)
             if not places:

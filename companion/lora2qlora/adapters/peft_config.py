@@ -9,7 +9,7 @@ from torch import nn
 
 from lora2qlora.adapters.base_name import published_name
 from lora2qlora.adapters.names import bare_name, naming, unwrapped
-from lora2qlora.adapters.patterns import ONE_WAY, STEPS, Expression
+from lora2qlora.adapters.patterns import LONGEST, STEPS, Expression
 from lora2qlora.adapters.peft_types import check_types, read_json
 from lora2qlora.adapters.targets import adaptable, check_targets, heads, is_target, modules, no_target
 from lora2qlora.lora import LoRALinear
@@ -118,10 +118,13 @@ def _compile(config: dict) -> dict:
         for text in (*entries.values(), *(k for p in patterns.values() for k in p))
         if isinstance(text, str)
     ]
-    # All expressions together have so many steps: however many a file has, reading it ends.
-    steps = STEPS // max(1, sum(not ONE_WAY.fullmatch(text) for text in texts))
+    if sum(map(len, texts)) > LONGEST:
+        raise ValueError(
+            f"the expressions of the config have more than {LONGEST} characters: write them shorter"
+        )
+    left = [STEPS]  # for all together: however many expressions a file has, reading it ends
     for key, value in entries.items():
-        entries[key] = naming(key, Expression, value, steps) if isinstance(value, str) else set(value)
+        entries[key] = naming(key, Expression, value, left) if isinstance(value, str) else set(value)
     for key, pattern in patterns.items():
-        entries[key] = {naming(key, Expression, text, steps): value for text, value in pattern.items()}
+        entries[key] = {naming(key, Expression, text, left): value for text, value in pattern.items()}
     return entries

@@ -4,12 +4,12 @@ import json
 import math
 from pathlib import Path
 
-LARGEST = 16 * 2**20  # bytes; the largest configs, which name thousands of layers, have a tenth of it
-MOST = 10_000  # patterns in one entry
+LARGEST = 4 * 2**20  # bytes; a config that names ten thousand layers has a fifth of it
+MOST = 5_000  # patterns in one entry
 
 
 def is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def is_number(value) -> bool:

@@ -23,11 +23,11 @@ def find_targets(model: nn.Module, targets: list[str] | str) -> list[str]:
         targets = [bare for bare, name in candidates.items() if id(model.get_submodule(name)) not in spared]
     elif isinstance(targets, str):
         raise ValueError(f'targets must be a list of suffixes or "all-linear"; pass ["{targets}"] for one')
+    targets = set(targets)
     suffixes = {suffix for bare in candidates for suffix in _suffixes(bare)}
-    unmatched = [target for target in targets if target not in suffixes]
-    if unmatched or not targets:
-        raise ValueError(no_target(unmatched, model))
-    names = [name for bare, name in candidates.items() if is_target(bare, set(targets))]
+    if not targets or targets - suffixes:
+        raise ValueError(no_target(targets - suffixes, model))
+    names = [name for bare, name in candidates.items() if is_target(bare, targets)]
     check_targets(model, names)
     return names
 
@@ -80,7 +80,7 @@ def check_targets(model: nn.Module, names: list[str]) -> None:
     refused = {name: read[id(m)] for name in names if id(m := model.get_submodule(name)) in read}
     if refused:
         readers, layers = sorted(set(refused.values())), sorted(_last_parts(refused))
-        others = sorted(_last_parts(set(adaptable(model)) - set(refused)))
+        others = sorted(_last_parts(adaptable(model)) - set(layers))
         raise ValueError(
             f"{', '.join(readers)} multiplies with the weight of {', '.join(layers)} itself, so that what "
             f"stands in the layer's place would be passed by without a word: name other targets, of {others}"

@@ -28,7 +28,7 @@ def load_library() -> ctypes.CDLL | None:
                 command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", target]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 return declare(ctypes.CDLL(target))
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:  # ValueError: quotes in CXX
             said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             reason = f"{compiler} could not compile it: {said[0] if said else 'it said nothing'}"
     warnings.warn(f"lora2qlora.fast takes the plain path on the CPU: {reason}", stacklevel=3)

@@ -8,7 +8,13 @@ from torch import Tensor
 from lora2qlora.blockwise import BlockwiseQuantized, check_codebook, check_size
 from lora2qlora.double_quantization import dynamic_codebook
 from lora2qlora.optimizers.adam import adam_step, adam_step_8bit, unsigned_dynamic_codebook
-from lora2qlora.optimizers.checks import check_gradient, check_group, check_sizes, check_state
+from lora2qlora.optimizers.checks import (
+    check_gradient,
+    check_group,
+    check_sizes,
+    check_state,
+    read_state_dict,
+)
 
 STATES = ("exp_avg", "exp_avg_sq")  # torch's names of the two moments
 
@@ -44,6 +50,7 @@ class AdamW8bit(torch.optim.Optimizer):
         codebooks: tuple[Tensor, Tensor] | None = None,
     ):
         check_size("block_size", block_size)
+        check_sizes("min_8bit_size", [min_8bit_size])
         self.block_size, self.min_8bit_size = block_size, min_8bit_size
         self.codebooks = codebooks or (dynamic_codebook(), unsigned_dynamic_codebook())
         for codebook in self.codebooks:
@@ -85,31 +92,31 @@ class AdamW8bit(torch.optim.Optimizer):
         Raises ValueError: other groups, another block size, options that the class refuses, or a state that
         does not fit its parameter, or has values that none can have; the optimizer is unchanged then.
         """
-        own = [len(group["params"]) for group in self.param_groups]
-        saved = [len(group.get("params", ())) for group in state_dict["param_groups"]]
-        if own != saved:
-            raise ValueError(f"this optimizer has groups of {own} parameters, the state is for {saved}")
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = dict(zip(indices, self._parameters(), strict=True))
-        states = {index: state for index, state in state_dict["state"].items() if state}
+        states, groups, parameters = read_state_dict(state_dict, self.param_groups, self._parameters())
         # torch's AdamW names no block size; without states in 8 bits it needs none
         in_8_bits = any(f"{STATES[0]}_absmax" in state for state in states.values())
         known = {} if in_8_bits else {"block_size": self.block_size}
-        groups = [{**known, **group} for group in state_dict["param_groups"]]
+        groups = [{**known, **group} for group in groups]
         for group, mine in zip(groups, self.param_groups, strict=True):
             check_group({**group, "params": mine["params"]}, self.block_size)
+        codes = dict(zip(STATES, map(len, self.codebooks), strict=True))
         for index, state in states.items():
-            if index not in parameters:
-                raise ValueError(f"the state is for a parameter {index}, which no group has")
-            check_state(index, state, self._start(parameters[index]))
-        # torch's own loading would cast codes and absmax to the parameter's dtype
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+            check_state(index, state, self._start(parameters[index]), codes)
+        taken = {}
         for index, state in states.items():
             device = parameters[index].device
-            self.state[parameters[index]] = {
-                name: value.to("cpu" if name == "step" else device, copy=True)
+            taken[parameters[index]] = {
+                name: value.detach().to("cpu" if name == "step" else device, copy=True)
                 for name, value in state.items()
             }
+        # torch's own loading would cast codes and absmax to the parameter's dtype
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        self.state.update(taken)
+
+    def __getstate__(self) -> dict:
+        """What a copy or a pickle has: torch keeps its own attributes alone."""
+        own = ("block_size", "min_8bit_size", "codebooks", "update")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in own if name in vars(self)}}
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from lora2qlora.blockwise import FLOATS
+from lora2qlora.blockwise import FLOATS, TINY
 
 # Options of torch's Adams, and the only value each has here.
 FIXED = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
@@ -24,17 +25,29 @@ def check_group(group: dict, block_size: int) -> None:
             f"got a group with block_size={group['block_size']}, this optimizer's is {block_size}: "
             "a state is read with the block size that made it"
         )
-    if not 0 <= group["lr"] < math.inf or not 0 <= group["weight_decay"] < math.inf:
+    if not (in_float32(group["lr"]) and in_float32(group["weight_decay"])):
         raise ValueError(
-            f"lr and weight_decay must be finite and not negative, got {group['lr']}, {group['weight_decay']}"
+            f"lr and weight_decay must be finite and not negative, got {group['lr']!s:.80}, "
+            f"{group['weight_decay']!s:.80}"
         )
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas are two numbers in [0, 1), got {group['betas']}")
-    if not 0 < group["eps"] < math.inf:
-        raise ValueError(f"eps must be positive, as a second moment may be 0; got {group['eps']}")
+    betas = group["betas"]
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    if not (pair and all(in_float32(beta) and beta < 1 for beta in betas)):
+        raise ValueError(f"betas are two numbers in [0, 1), got {betas!s:.80}")
+    if not (in_float32(group["eps"]) and group["eps"] > TINY):
+        raise ValueError(
+            f"eps must be positive, above {TINY}, as a second moment may be 0; got {group['eps']!s:.80}"
+        )
     for index, parameter in enumerate(group["params"]):
         if parameter.dtype not in FLOATS:
             raise TypeError(f"parameter {index} of the group is {parameter.dtype}, need one of {FLOATS}")
+
+
+def in_float32(number: object) -> bool:
+    """Whether an option is a number, not negative, that float32 can hold."""
+    if isinstance(number, Tensor) and number.numel() == 1 and number.dtype in FLOATS:
+        number = number.item()  # torch's schedules may keep a learning rate in a tensor
+    return isinstance(number, Real) and not isinstance(number, bool) and 0 <= number < 3.4e38
 
 
 def check_gradient(index: int, parameter: Tensor) -> None:
@@ -56,11 +69,44 @@ def check_gradient(index: int, parameter: Tensor) -> None:
         )
 
 
-def check_state(index: int, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """ValueError unless a parameter's state has the expected names, shapes, dtypes, and possible values."""
+def read_state_dict(
+    state_dict: dict, own_groups: list[dict], own: list[Tensor]
+) -> tuple[dict[int, dict], list[dict], dict[int, Tensor]]:
+    """States, groups, and each index's parameter, of a state dict; ValueError where it is none for these."""
+    groups, states = (
+        state_dict.get(part) if isinstance(state_dict, dict) else None for part in ("param_groups", "state")
+    )
+    whole = isinstance(groups, list | tuple) and all(isinstance(group, dict) for group in groups)
+    whole = whole and isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())
+    if not whole:
+        raise ValueError(f"a state dict has state and param_groups, as torch's have; got {state_dict!s:.80}")
+    lists = [group.get("params") for group in groups]
+    sizes = [len(params) if isinstance(params, list | tuple) else 0 for params in lists]
+    if (mine := [len(group["params"]) for group in own_groups]) != sizes:
+        raise ValueError(f"this optimizer has groups of {mine} parameters, the state is for {sizes}")
+    indices = [index for params in lists for index in params]
+    if not all(isinstance(index, int) for index in indices) or len(set(indices)) < len(indices):
+        raise ValueError(f"params are ints, each once, got {indices!s:.80}")
+    states = {index: state for index, state in states.items() if state}
+    if unknown := states.keys() - set(indices):
+        raise ValueError(f"the state is for a parameter {next(iter(unknown))!s:.80}, which no group has")
+    return states, list(groups), dict(zip(indices, own, strict=True))
+
+
+def check_state(index: int, state: dict, expected: dict[str, Tensor], codes: dict[str, int]) -> None:
+    """ValueError unless a parameter's state has the expected names, shapes, dtypes, and possible values.
+
+    `codes` says how many values each state's codebook has.
+    """
 
     def describe(tensors):
-        return {name: f"{t.dtype} {list(t.shape)}" for name, t in sorted(tensors.items())}
+        kinds = {str(name): t for name, t in tensors.items()}
+        return {
+            name: f"{t.dtype} {list(t.shape)}" + " on meta" * t.is_meta
+            if isinstance(t, Tensor)
+            else type(t).__name__
+            for name, t in sorted(kinds.items())
+        }
 
     if describe(state) != describe(expected):
         raise ValueError(
@@ -72,6 +118,10 @@ def check_state(index: int, state: dict[str, Tensor], expected: dict[str, Tensor
             need = "finite" if name == "exp_avg" else "finite and not negative"
             raise ValueError(
                 f"{name} of parameter {index} must be {need}, got numbers from {least} to {most}"
+            )
+        if tensor.dtype == torch.uint8 and most.item() >= codes[name]:
+            raise ValueError(
+                f"{name} of parameter {index} has code {most}, beyond a codebook of {codes[name]} values"
             )
 
 

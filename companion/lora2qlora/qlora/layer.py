@@ -142,6 +142,9 @@ class NF4Linear(nn.Module):
         if wrong := loading_misfits(self, state_dict, prefix, assign):
             errors.extend(wrong)
         else:
+            keys = [prefix + name for name in self.names if prefix + name in state_dict]
+            frozen = {key: state_dict[key].detach() for key in keys}  # a parameter, assigned, would stay one
+            state_dict = {**state_dict, **frozen}
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:

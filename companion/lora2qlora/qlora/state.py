@@ -48,6 +48,8 @@ def misfits(got: dict[str, Tensor], own: dict[str, Tensor], prefix: str = "") ->
         elif (tensor.dtype, tensor.shape) != (own[name].dtype, own[name].shape):
             got_form = f"{tensor.dtype} {list(tensor.shape)}"
             wrong.append(f"{expected}, got {got_form}: quantized bytes and constants are never cast")
+        elif tensor.layout != torch.strided:
+            wrong.append(f"{expected}, got {tensor.layout}: pass its .to_dense()")
         elif tensor.is_floating_point() and has_numbers(tensor) and not tensor.isfinite().all():
             wrong.append(f"{expected}, all finite, got {tensor[~tensor.isfinite()][0].item()}")
     return wrong
@@ -82,18 +84,22 @@ def loading_misfits(layer: nn.Module, state_dict: dict, prefix: str, assign: boo
         wrong.append(f"{prefix or 'the layer'} comes whole or not at all: Missing key(s) {lacking}")
     if stray:
         wrong.append(f"{prefix or 'the layer'} has no such tensors: Unexpected key(s) {stray}")
-    if not assign and any(
-        isinstance(t, Tensor) and t.is_meta and not layer.packed.is_meta for t in given.values()
-    ):
+    devices = {t.device for name, t in given.items() if isinstance(t, Tensor) and name != "_extra_state"}
+    if not assign and torch.device("meta") in devices and not layer.packed.is_meta:
         wrong.append(f"{prefix or 'the layer'} cannot take tensors of the meta device, which have no numbers")
+    if assign and len(devices) > 1:
+        wrong.append(
+            f"{prefix or 'the layer'} cannot be assigned tensors of {sorted(map(str, devices))}: move them"
+        )
     return wrong
 
 
 def form_misfits(layer: nn.Module, form, prefix: str) -> list[str]:
     """What is wrong with a state's form, [out, in, block size, group size or 0]."""
     mine = layer.get_extra_state().tolist()
-    got = form.tolist() if isinstance(form, Tensor) and has_numbers(form) else form
-    if got == mine:
+    dense = isinstance(form, Tensor) and has_numbers(form) and form.layout == torch.strided
+    got = form.tolist() if dense and list(form.shape) == [4] else form
+    if isinstance(got, list) and got == mine:
         return []
     return [
         f"{prefix}_extra_state must be {mine}, [out, in, block size, group size or 0], got {got!s:.80}: "
@@ -106,8 +112,8 @@ def bias_misfits(got: object, own: Tensor, assign: bool, name: str) -> list[str]
     expected = f"{name} must be floats {list(own.shape)}"
     if not isinstance(got, Tensor):
         return [f"{expected}, got {type(got).__name__}"]
-    if got.shape != own.shape or not got.is_floating_point():
-        return [f"size mismatch for {expected}, got {got.dtype} {list(got.shape)}"]
+    if got.shape != own.shape or not got.is_floating_point() or got.layout != torch.strided:
+        return [f"size mismatch for {expected}, got {got.dtype} {list(got.shape)} {got.layout}"]
     stored = got.detach() if assign else got.detach().to(own.dtype)
     if has_numbers(stored) and not stored.isfinite().all():
         return [f"{expected}, all finite in {stored.dtype}, got {got[~stored.isfinite()][0].item()}"]
