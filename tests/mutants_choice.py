@@ -24,11 +24,17 @@ class Choice:
         self.seconds, self.failed = {}, []
         self.uses = {}  # a test's wide fixtures and cached helpers count as its own
         self.caches, self.context = [], ""
+        self.parents = set()  # tests and fixtures that start processes
 
     def set_alarm(self, usual: float) -> None:
         """End this process by SIGALRM where something takes far longer than usual [s]."""
         if self.patience:
             signal.setitimer(signal.ITIMER_REAL, self.patience + 10 * usual)
+
+    def audit(self, event: str, arguments) -> None:
+        """Remember who starts a process: its lines are not counted."""
+        if event == "subprocess.Popen":
+            self.parents.add(self.context)
 
     def switch(self, context: str) -> None:
         """Put the lines that follow to a test or a fixture."""

@@ -27,6 +27,15 @@ from mutants_choice import Choice
 
 PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench and not browser")
 PYTEST += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # what is imported before the fork
+# A compiler that keeps what it has made: the same source and flags give the same library.
+COMPILER = """#!/bin/sh
+for target; do :; done
+for one; do [ "$one" = "$target" ] || flags="$flags $one"; done
+key=$({{ echo "$flags"; cat {sources}; }} | sha256sum | cut -c 1-32)
+[ -f "{folder}/$key" ] || {{ {compiler} "$@" && cp "$target" "{folder}/$$"; }} || exit 1
+[ -f "{folder}/$key" ] || mv "{folder}/$$" "{folder}/$key"
+cp "{folder}/$key" "$target"
+"""
 BROKEN = 70  # the exit status where this file fails, and not a test
 
 
@@ -46,11 +55,24 @@ class Workshop:
             shutil.copytree(package, slot / "lora2qlora", ignore=shutil.ignore_patterns("lab", "__pycache__"))
             (slot / "lora2qlora" / "lab").symlink_to(package / "lab")
 
+        self._keep_compiled()
+
+    def _keep_compiled(self) -> None:
+        """Let CXX, which fast asks for, compile the same once and not in each fork."""
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++")), None)
+        sources = " ".join(map(str, self.slots[0].rglob("*.cpp")))
+        if compiler and sources:
+            script, kept = self.folder / "compiler", self.folder / "compiled"
+            kept.mkdir()
+            script.write_text(COMPILER.format(compiler=compiler, folder=kept, sources=sources))
+            script.chmod(0o755)
+            os.environ["CXX"] = str(script)
+
     def run(self, room: str, mutants: list) -> dict:
         """caught, time-out or survived for each mutant, by test_<room>.py and test_<room>_*.py."""
         tests = self.root / "tests"
         files = [str(p) for p in (tests / f"test_{room}.py", *sorted(tests.glob(f"test_{room}_*.py")))]
-        seconds, lines = self._measure(files)
+        seconds, lines, children = self._measure(files)
         self._check_unchanged(files, seconds)
         waiting, running, outcomes = list(mutants), {}, dict.fromkeys(mutants, "")
         progress = _Progress(room, len(mutants))
@@ -58,15 +80,15 @@ class Workshop:
             while waiting and len(running) < self.jobs:
                 mutant = waiting.pop(0)
                 slot = next(s for s in self.slots if s not in [busy for _, busy in running.values()])
-                chosen = _reaching(mutant, lines, seconds)
+                chosen = _reaching(mutant, lines, children, seconds)
                 pid = self._fork(slot, mutant, files, chosen)
                 running[pid] = mutant, slot
             self._collect(running, outcomes)
             progress.tell(len(mutants) - len(waiting) - len(running))
         return outcomes
 
-    def _measure(self, files: list[str]) -> tuple[dict[str, float], dict]:
-        """Seconds of each test that passes, and per file and line the tests that reach it."""
+    def _measure(self, files: list[str]) -> tuple[dict[str, float], dict, set[str]]:
+        """Seconds of each test that passes, per file and line who reaches it, and who has child processes."""
         slot, kept = self.slots[0], self.folder / "measured"
 
         def work():
@@ -74,6 +96,7 @@ class Workshop:
             tracer = coverage.Coverage(data_file=None, source=[str(slot / "lora2qlora")], config_file=False)
             tracer.start()
             choice = Choice(tracer=tracer)
+            sys.addaudithook(choice.audit)
             code = pytest.main([*PYTEST[1:], *files], plugins=[choice])
             tracer.stop()
             data, lines = tracer.get_data(), {}
@@ -82,16 +105,19 @@ class Workshop:
                 lines[file] = data.contexts_by_lineno(path)
             modules = [name for name in sys.modules if not name.startswith(("lora2qlora", "test_", "__"))]
             passed = {t: s for t, s in choice.seconds.items() if t not in choice.failed}
-            kept.write_bytes(pickle.dumps((passed, choice.uses, lines, modules, choice.failed)))
+            kept.write_bytes(
+                pickle.dumps((passed, choice.uses, lines, choice.parents, modules, choice.failed))
+            )
             return 0 if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and passed else BROKEN
 
         if code := _wait(self._child(slot, work)):
             raise RuntimeError(f"counting lines failed ({code}):\n{(slot / 'log').read_text()[-2000:]}")
-        seconds, uses, lines, modules, failed = pickle.loads(kept.read_bytes())
+        seconds, uses, lines, parents, modules, failed = pickle.loads(kept.read_bytes())
         if failed:
             print("left out, as they fail while lines are counted:", *failed, sep="\n  ")
         _import_all(modules)
-        return seconds, {file: _tests_of(at, seconds, uses) for file, at in lines.items()}
+        lines = {file: _tests_of(at, seconds, uses) for file, at in lines.items()}
+        return seconds, lines, _tests_of({0: parents}, seconds, uses)[0]
 
     def _check_unchanged(self, files: list[str], seconds: dict[str, float]) -> None:
         """The package as it is passes in a fork; RuntimeError otherwise."""
@@ -100,13 +126,15 @@ class Workshop:
             raise RuntimeError(f"tests fail without a mutant (pytest says {code}): {files}\n{said}")
 
     def _fork(self, slot: Path, mutant, files: list[str], chosen: dict[str, float]) -> int:
-        """The pid of a child that tests one mutant, or none."""
+        """The pid of a child that tests one mutant, or none; without tests it ends as if all passed."""
         if mutant:
             broken = slot / "lora2qlora" / mutant.file
             broken.write_text(mutant.code, encoding="utf-8")
-        return self._child(
-            slot, lambda: pytest.main([*PYTEST, *files], plugins=[Choice(chosen, patience=self.patience)])
-        )
+
+        def work():
+            return pytest.main([*PYTEST, *files], plugins=[Choice(chosen, patience=self.patience)])
+
+        return self._child(slot, work if chosen else lambda: 0)
 
     def _child(self, slot: Path, work: Callable[[], int]) -> int:
         """Fork, with the package of `slot` the one that is imported; the exit status is what work gives."""
@@ -144,12 +172,12 @@ class Workshop:
         shutil.copy2(self.root / "companion" / "lora2qlora" / mutant.file, slot / "lora2qlora" / mutant.file)
 
 
-def _reaching(mutant, lines: dict, seconds: dict[str, float]) -> dict[str, float]:
-    """The tests that reach a mutant's lines; all of them where none is seen to (a child process may)."""
+def _reaching(mutant, lines: dict, children: set[str], seconds: dict[str, float]) -> dict[str, float]:
+    """The tests that reach a mutant's lines; where none is seen to, those whose child processes may."""
     first, last = mutant.lines
     at = lines.get(mutant.file, {})
     found = set().union(*(at.get(line, set()) for line in range(first, last + 1)))
-    return {test: seconds[test] for test in found} or seconds
+    return {test: seconds[test] for test in found or children}
 
 
 def _tests_of(contexts: dict, seconds: dict[str, float], uses: dict) -> dict[int, set[str]]:

@@ -120,8 +120,11 @@ ROOM = """
         return i
 
     def child():
-        code = "from lora2qlora.tiny import START; sys.exit(START)".replace("sys", "__import__('sys')")
+        code = "import sys; from lora2qlora import tiny; sys.exit(tiny.START + tiny.only_there() - 7)"
         return subprocess.run([sys.executable, "-c", code]).returncode
+
+    def only_there():
+        return 7
 
     @functools.cache
     def answer():
@@ -177,6 +180,7 @@ def test_a_mutant_is_caught_or_survives_or_hangs(tmp_path):
         ("START = 1", "START = 2"): "caught",
         ("return subprocess", "return 1 + subprocess"): "caught",
         ("return 42", "return 43"): "caught",
+        ("return 7", "return 8"): "caught",
         ("return 1", "return 2"): "survived",
         ("return 1", "1 +"): "caught",  # no Python
     }
