@@ -1,5 +1,6 @@
 """A pytest plugin for mutants: which tests run and in what order, for how long, and what each reaches."""
 
+import functools
 import signal
 import sys
 import time
@@ -8,6 +9,7 @@ import coverage
 import pytest
 from hypothesis import Phase, settings
 
+CACHED = type(functools.cache(len))
 EXAMPLES = 30  # of hypothesis, the same each time and not made smaller
 
 
@@ -48,7 +50,7 @@ class Choice:
                 getattr(item.obj, "__func__", item.obj)._hypothesis_internal_use_settings = brief
         self.uses = {i.nodeid: {f"fixture {name}" for name in i.fixturenames} for i in items}
         mine = [m for name, m in sys.modules.items() if name.startswith(("lora2qlora", "test_"))]
-        self.caches = [o for m in mine for o in vars(m).values() if hasattr(o, "cache_clear")]
+        self.caches = [o for m in mine for o in vars(m).values() if isinstance(o, CACHED)]
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):

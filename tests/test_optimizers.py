@@ -344,8 +344,10 @@ def test_linear_codes_take_steps_too_long(share):
         ({"betas": (0.9, 1.0)}, "betas are two numbers"),
         ({"betas": (-0.1, 0.9)}, "betas are two numbers"),
         ({"eps": 0.0}, "eps must be positive"),
+        ({"eps": math.inf}, "eps must be positive"),
         ({"block_size": 0}, "block_size must be"),
         ({"codebooks": (dynamic_codebook(), dynamic_codebook())}, "negative values"),
+        ({"codebooks": (dynamic_codebook(), torch.tensor([-0.5, 0.0, 1.0]))}, "negative values"),
         ({"codebooks": (dynamic_codebook(), torch.ones(3))}, "ascends"),
     ],
 )
@@ -585,7 +587,16 @@ def test_values_that_no_state_can_have_are_refused(index, name, bad):
     if name == "exp_avg" and bad == -1:
         optimizer.load_state_dict(saved)
     else:
-        refuses(optimizer, saved, f"{name} of parameter {index} must be finite.*, got numbers from")
+        need = "finite" if name == "exp_avg" else "finite and not negative"
+        refuses(optimizer, saved, f"{name} of parameter {index} must be {need}, got numbers from")
+
+
+def test_the_state_of_a_parameter_without_elements_is_taken():
+    saved, loaded = (AdamW8bit([nn.Parameter(torch.zeros(0, 4))]) for _ in range(2))
+    for optimizer in (saved, loaded):
+        train(optimizer, optimizer.param_groups[0]["params"][0], [torch.zeros(0, 4)])
+    loaded.load_state_dict(saved.state_dict())
+    assert [int(state["step"]) for state in loaded.state.values()] == [1]
 
 
 def test_a_folder_or_a_file_of_broken_groups_is_refused(tmp_path):
@@ -763,6 +774,12 @@ def test_a_spike_costs_what_it_evicts_out_and_in_and_then_nothing():
     peaks = [50, 50, 90, 50, 50]
     steps = page_traffic([30, 10], 100, peaks, 40, page_bytes=10)
     assert steps == [PageTraffic(0, 0)] * 2 + [PageTraffic(30, 30)] + [PageTraffic(0, 0)] * 2
+
+
+def test_a_page_is_two_mebibytes_unless_told():
+    steps = page_traffic([1, 2**21, 2**21 + 1], 3 * 2**21, [0] * 2, 0)
+    assert steps == [PageTraffic(2**21, 0), PageTraffic(4 * 2**21, 4 * 2**21)]
+    assert PagedMemory(2**23).page_bytes == 2**21
 
 
 def test_each_tensor_has_pages_of_its_own():
