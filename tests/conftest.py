@@ -42,6 +42,49 @@ def no_network():
         yield
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(path, SHA-256) of a tiny GGUF that lies in an importable package `tiny_package`."""
+    from tiny_gguf import write_tiny_gguf
+
+    package = tmp_path_factory.mktemp("site") / "tiny_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('found, never imported')")
+    return package / "tiny.gguf", write_tiny_gguf(package / "tiny.gguf")
+
+
+@pytest.fixture
+def installed(tiny, tmp_path, monkeypatch):
+    """The tiny model as an installed package, under the name "tiny", with an empty cache; the cache."""
+    from lora2qlora.lab import sources
+    from tiny_gguf import COMMAND
+
+    path, sha256 = tiny
+    monkeypatch.syspath_prepend(str(path.parent.parent))
+    source = sources.ModelSource("nobody/tiny", "tiny_package", path.name, sha256, COMMAND)
+    monkeypatch.setitem(sources.MODELS, "tiny", source)
+    monkeypatch.setenv("LORA2QLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny, tmp_path_factory):
+    """The tiny GGUF's byte tokenizer: copy it before you change it."""
+    from lora2qlora.lab.conversion import convert_gguf
+    from transformers import AutoTokenizer
+
+    where = convert_gguf(*tiny, tmp_path_factory.mktemp("tiny") / "tiny")
+    return AutoTokenizer.from_pretrained(where, padding_side="left")
+
+
+@pytest.fixture
+def model():
+    """A fresh Llama of one layer for that tokenizer."""
+    from toy import toy_model
+
+    return toy_model()
+
+
 def _has_cuda() -> bool:
     import torch
 

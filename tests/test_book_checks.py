@@ -650,6 +650,7 @@ REPOSITORY_DEFECTS = [
     ),
     ("floors", "a file's own room, whole", file(f"{FOLDER}/paging.py", "import lora2qlora.optimizers\n")),
     ("floors", "a room below, in a folder", file(f"{FOLDER}/paging.py", "from ..fast import x\n")),
+    ("floors", "lab backwards", text(f"{PACKAGE}/lab/tasks.py", LAB_MODULE, "from .training import x\n")),
     ("floors", "lab in a folder", file(f"{FOLDER}/__init__.py", "from ..lab.models import x\n")),
     ("rooms_have_tests", "a room", gone("tests/test_lora.py")),
     ("rooms_have_tests", "a room that is a folder", gone("tests/test_optimizers.py")),

@@ -1,9 +1,11 @@
 """lab.measured: records are appended whole, say where they come from, and are found again."""
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +100,91 @@ def test_gpu_records_are_found_by_part_and_job_and_toy_runs_are_left_out(tmp_pat
     ]
     (found,) = measured.on_gpu("speed", "step", tmp_path)
     assert found.configuration["job"] == "step, 512 tokens"
+
+
+GOOD = {"configuration": {}, "seed": 0, "figures": {}, "provenance": {}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"null",
+        b"[]",
+        b"3",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        json.dumps(GOOD).encode()[:-3],
+        json.dumps(GOOD | {"more": 1}).encode(),
+        json.dumps(GOOD | {"configuration": []}).encode(),
+        json.dumps(GOOD | {"figures": None}).encode(),
+        json.dumps(GOOD | {"provenance": "here"}).encode(),
+        json.dumps(GOOD | {"seed": None}).encode(),
+        json.dumps(GOOD | {"seed": True}).encode(),
+        json.dumps(GOOD | {"figures": {"loss": float("nan")}}).encode(),
+        json.dumps(GOOD | {"figures": {"loss": float("-inf")}}).encode(),
+    ],
+)
+def test_a_damaged_line_is_named_and_nothing_is_added_behind_it(tmp_path, line):
+    measured.record("toy", {}, {}, seed=0, directory=tmp_path)
+    path = tmp_path / "toy.jsonl"
+    damaged = path.read_bytes() + line + b"\n"
+    path.write_bytes(damaged)
+    for call in (
+        lambda: measured.load("toy", tmp_path),
+        lambda: measured.record("toy", {}, {}, seed=1, directory=tmp_path),
+        lambda: measured.is_recorded("toy", {}, seed=1, directory=tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"toy\.jsonl, line 2 is not a record"):
+            call()
+    assert path.read_bytes() == damaged
+
+
+def test_a_last_line_without_its_end_keeps_its_own_line(tmp_path):
+    measured.record("toy", {}, {}, seed=0, directory=tmp_path)
+    path = tmp_path / "toy.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    measured.record("toy", {}, {}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, "1", True])
+def test_a_record_that_could_not_be_loaded_is_not_written(tmp_path, seed):
+    with pytest.raises(ValueError, match="seed must be int"):
+        measured.record("toy", {}, {}, seed=seed, directory=tmp_path)
+    assert not (tmp_path / "toy.jsonl").exists()
+
+
+@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+def test_a_full_disk_is_named_and_leaves_the_file_as_it_was(tmp_path, monkeypatch, where):
+    measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    before = (tmp_path / "toy.jsonl").read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cut(path, content):
+        with path.open("wb") as file:
+            file.write(content[:5])
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, where, cut) if where == "write_bytes" else (os, where, full)))
+        with pytest.raises(OSError, match=r"cannot add a record to .*toy\.jsonl: No space left") as caught:
+            measured.record("toy", {}, {}, seed=1, directory=tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "toy.jsonl").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"toy.jsonl", ".toy.lock"}
+
+
+def test_gpu_records_of_another_form_are_passed_over(tmp_path):
+    for configuration in (
+        {},
+        {"part": "speed"},
+        {"part": "speed", "size": "full"},
+        {"part": [1], "size": "full"},
+    ):
+        measured.record("gpu", configuration, {}, 0, tmp_path)
+    assert len(measured.on_gpu("speed", directory=tmp_path)) == 1
+    assert measured.on_gpu("speed", "step", tmp_path) == []

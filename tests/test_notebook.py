@@ -1,6 +1,7 @@
 """lab.notebook: what is shown is the installed source, tables are whole, figures look alike."""
 
 import inspect
+import re
 
 import IPython.display
 import matplotlib.pyplot as plt
@@ -26,6 +27,13 @@ def shown(monkeypatch):
 @pytest.mark.parametrize("obj", [training.encode, training.StepRecord, notebook])
 def test_show_source_shows_what_is_installed(obj, shown):
     assert shown(notebook.show_source, obj) == f"```python\n{inspect.getsource(obj).rstrip()}\n```"
+
+
+@pytest.mark.parametrize("name", ["encode", "collate", "answer_loss", "choose", "mean_loss"])
+def test_show_source_shows_an_idea_without_its_refusals(name, shown):
+    source = shown(notebook.show_source, getattr(training, name))
+    assert re.match(rf"```python\n(@torch\.no_grad\(\)\n)?def {name}\(", source)
+    assert not re.search("guard|check", source)
 
 
 @pytest.mark.parametrize("obj", [3, len, "text"])

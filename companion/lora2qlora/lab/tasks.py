@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from .sources import read_sums
+
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
@@ -140,8 +142,7 @@ TEXTS = ("sotu", "moby_dick")
 def load_task(name: str) -> Task:
     """The task called "wordnet", "cmudict" or "spam"; the same rows in the same order every time.
 
-    Raises ValueError for another name, or where a data file is altered; FileNotFoundError where it is
-    missing.
+    Raises ValueError for another name or an altered data file, FileNotFoundError for a missing one.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: the tasks are {', '.join(TASKS)}")
@@ -188,8 +189,7 @@ def _read(name: str) -> pyarrow.Table:
     for needed in ("SHA256SUMS", file):
         if not (DATA / needed).is_file():
             raise FileNotFoundError(f"the data file {needed} is missing from {DATA}: reinstall lora2qlora")
-    lines = (DATA / "SHA256SUMS").read_text().splitlines()
-    expected = {entry: digest for digest, entry in map(str.split, lines)}.get(file)
+    expected = read_sums(DATA / "SHA256SUMS").get(file)
     content = (DATA / file).read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
