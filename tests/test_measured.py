@@ -5,6 +5,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def test_what_is_not_plain_json_is_refused_and_nothing_is_lost(tmp_path, value):
     assert (tmp_path / "toy.jsonl").read_bytes() == before
 
 
+def test_an_interrupted_append_loses_nothing(tmp_path, monkeypatch):
+    measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0]
+    measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
+
+
 HERE = "/" + "home/reader/x"  # written apart, so that the checks of the book do not find it here
 
 
@@ -71,27 +83,24 @@ def test_names_links_and_fractions_are_no_paths(tmp_path):
     assert measured.record("toy", {"texts": texts}, {}, seed=0, directory=tmp_path).configuration
 
 
-@pytest.mark.parametrize("what", ["replace", "write"])
-def test_an_interrupted_append_loses_nothing_and_leaves_nothing(tmp_path, monkeypatch, what):
-    def fail(partial, content):
-        with partial.open("wb") as file:
-            file.write(content[:9])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with monkeypatch.context() as patch:
-        if what == "replace":
-            patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        else:
-            patch.setattr(type(tmp_path), "write_bytes", fail)
-        with pytest.raises(KeyboardInterrupt if what == "replace" else OSError):
-            measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    (tmp_path / ".toy.partial").write_text("what a killed process left")
+def test_what_a_killed_process_left_is_tidied(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # killed in the middle: nothing tidies up
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(type(tmp_path), "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    assert (tmp_path / ".toy.partial").exists()
     measured.record("toy", {}, {"loss": 2.0}, seed=1, directory=tmp_path)
-    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
-    assert {path.name for path in tmp_path.iterdir()} == set(before)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [1]
+    assert {path.name for path in tmp_path.iterdir()} <= {"toy.jsonl", ".toy.lock"}
+
+
+def test_a_record_is_one_line_whatever_its_text(tmp_path):
+    text = "one\u2028two\x85three\rfour"
+    first = {"configuration": {}, "seed": 0, "figures": {"text": text}, "provenance": {}}
+    (tmp_path / "toy.jsonl").write_text(json.dumps(first, ensure_ascii=False), encoding="utf-8")
+    measured.record("toy", {}, {"text": text}, seed=1, directory=tmp_path)
+    assert [r.figures["text"] for r in measured.load("toy", tmp_path)] == [text, text]
 
 
 def test_writers_at_once_all_land(tmp_path):
@@ -111,41 +120,6 @@ def test_no_records_and_damaged_records_are_named(tmp_path):
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match="line 1 is not a record"):
         measured.load("toy", tmp_path)
-
-
-PLAIN = {"configuration": {}, "seed": 0, "figures": {}, "provenance": {}}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"",
-        b"5",
-        b"[]",
-        b"\xff",
-        b"[" * 100_000,
-        b"9" * 5000,
-        json.dumps(PLAIN).encode()[:-1],
-        json.dumps(PLAIN | {"figures": {"loss": float("nan")}}).encode(),
-        *[json.dumps(PLAIN | {field: "text"}).encode() for field in PLAIN],
-        json.dumps(PLAIN | {"seed": True}).encode(),
-        json.dumps(PLAIN | {"more": 1}).encode(),
-    ],
-    ids=lambda line: line[:60].decode("latin-1"),
-)
-def test_every_damaged_line_is_named(tmp_path, line):
-    whole = json.dumps(PLAIN).encode()
-    (tmp_path / "toy.jsonl").write_bytes(b"\n".join([whole, line, whole, b""]))
-    with pytest.raises(ValueError, match=r"toy\.jsonl, line 2 is not a record: ."):
-        measured.load("toy", tmp_path)
-
-
-def test_a_record_is_a_line_whatever_its_text_and_the_last_one_may_lack_its_end(tmp_path):
-    first = json.dumps(PLAIN | {"figures": {"text": "one\u2028two\x85"}}, ensure_ascii=False)
-    (tmp_path / "toy.jsonl").write_bytes(first.encode())
-    measured.record("toy", {}, {}, seed=1, directory=tmp_path)
-    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
-    assert measured.load("toy", tmp_path)[0].figures == {"text": "one\u2028two\x85"}
 
 
 @pytest.mark.parametrize("name", ["../toy", "Toy", ""])
@@ -175,3 +149,91 @@ def test_gpu_records_are_found_by_part_and_job_and_toy_runs_are_left_out(tmp_pat
     ]
     (found,) = measured.on_gpu("speed", "step", tmp_path)
     assert found.configuration["job"] == "step, 512 tokens"
+
+
+GOOD = {"configuration": {}, "seed": 0, "figures": {}, "provenance": {}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"null",
+        b"[]",
+        b"3",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        json.dumps(GOOD).encode()[:-3],
+        json.dumps(GOOD | {"more": 1}).encode(),
+        json.dumps(GOOD | {"configuration": []}).encode(),
+        json.dumps(GOOD | {"figures": None}).encode(),
+        json.dumps(GOOD | {"provenance": "here"}).encode(),
+        json.dumps(GOOD | {"seed": None}).encode(),
+        json.dumps(GOOD | {"seed": True}).encode(),
+        json.dumps(GOOD | {"figures": {"loss": float("nan")}}).encode(),
+        json.dumps(GOOD | {"figures": {"loss": float("-inf")}}).encode(),
+    ],
+)
+def test_a_damaged_line_is_named_and_nothing_is_added_behind_it(tmp_path, line):
+    measured.record("toy", {}, {}, seed=0, directory=tmp_path)
+    path = tmp_path / "toy.jsonl"
+    damaged = path.read_bytes() + line + b"\n"
+    path.write_bytes(damaged)
+    for call in (
+        lambda: measured.load("toy", tmp_path),
+        lambda: measured.record("toy", {}, {}, seed=1, directory=tmp_path),
+        lambda: measured.is_recorded("toy", {}, seed=1, directory=tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"toy\.jsonl, line 2 is not a record"):
+            call()
+    assert path.read_bytes() == damaged
+
+
+def test_a_last_line_without_its_end_keeps_its_own_line(tmp_path):
+    measured.record("toy", {}, {}, seed=0, directory=tmp_path)
+    path = tmp_path / "toy.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    measured.record("toy", {}, {}, seed=1, directory=tmp_path)
+    assert [r.seed for r in measured.load("toy", tmp_path)] == [0, 1]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, "1", True])
+def test_a_record_that_could_not_be_loaded_is_not_written(tmp_path, seed):
+    with pytest.raises(ValueError, match="seed must be int"):
+        measured.record("toy", {}, {}, seed=seed, directory=tmp_path)
+    assert not (tmp_path / "toy.jsonl").exists()
+
+
+@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+def test_a_full_disk_is_named_and_leaves_the_file_as_it_was(tmp_path, monkeypatch, where):
+    measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)
+    before = (tmp_path / "toy.jsonl").read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cut(path, content):
+        with path.open("wb") as file:
+            file.write(content[:5])
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, where, cut) if where == "write_bytes" else (os, where, full)))
+        with pytest.raises(OSError, match=r"cannot add a record to .*toy\.jsonl: No space left") as caught:
+            measured.record("toy", {}, {}, seed=1, directory=tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "toy.jsonl").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"toy.jsonl", ".toy.lock"}
+
+
+def test_gpu_records_of_another_form_are_passed_over(tmp_path):
+    for configuration in (
+        {},
+        {"part": "speed"},
+        {"part": "speed", "size": "full"},
+        {"part": [1], "size": "full"},
+    ):
+        measured.record("gpu", configuration, {}, 0, tmp_path)
+    assert len(measured.on_gpu("speed", directory=tmp_path)) == 1
+    assert measured.on_gpu("speed", "step", tmp_path) == []
