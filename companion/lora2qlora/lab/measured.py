@@ -143,7 +143,7 @@ def provenance() -> dict[str, str]:
 
     cuda = torch.cuda.is_available()
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(0) if cuda else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in VERSIONS_OF},
