@@ -12,10 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+PACKAGE = Path(__file__).resolve().parents[1] / "companion" / "lora2qlora"
 CELL = "Colab cell"
 MINUTES = 60  # a check takes one to six where the machine does nothing else
-CORE = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora", "memory")
-CORE += ("optimizers", "fast", "models", "tasks", "training", "measured")
 NOTEBOOKS = ("00_quickstart", "04_adapters", "10_qlora", "13_qlora_on_a_gpu")
 # Why a test may be skipped, in the words that pytest prints: what no stack of ours could change.
 ALLOWED = ("needs a CUDA device", "AVX512-BF16 only")
@@ -35,6 +34,13 @@ class Result:
     note: str = ""
 
 
+def rooms() -> list[str]:
+    """The rooms of the package and the modules of its lab: each has its tests/test_<name>.py."""
+    found = [*PACKAGE.iterdir(), *(PACKAGE / "lab").glob("*.py")]
+    names = {path.stem for path in found if path.suffix == ".py" or (path / "__init__.py").exists()}
+    return sorted(names - {"__init__", "lab"})
+
+
 def checks(python: str, by_cell: bool) -> dict[str, list[str]]:
     """Each check's command, in the order in which they run."""
     # A library's warning is no drift; with the pinned versions, where every warning counts, it is an error.
@@ -45,7 +51,12 @@ def checks(python: str, by_cell: bool) -> dict[str, list[str]]:
         **cell,
         "imports": [python, "tests/drift_inside.py", "imports"],
         "fingerprint": [python, "tests/drift_inside.py", "fingerprint"],
-        "unit tests": [*pytest, "-m", "not bench and not slow", *(f"tests/test_{name}.py" for name in CORE)],
+        "unit tests": [
+            *pytest,
+            "-m",
+            "not bench and not slow",
+            *(f"tests/test_{name}.py" for name in rooms()),
+        ],
         **{f"chapter {name[:2]}": [*lax, f"book/{name}.ipynb"] for name in NOTEBOOKS},
     }
 

@@ -2,14 +2,12 @@
 
 import importlib
 import importlib.metadata
-import json
 import pkgutil
 import sys
 import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPECTED = Path(__file__).parent / "stacks" / "fingerprint.json"
 
 
 def cell(source: str) -> None:
@@ -37,17 +35,17 @@ def imports() -> None:
 
 
 def fingerprint() -> None:
-    """Convert the model into an empty cache, and compare what came out with the expected one."""
-    from lora2qlora.lab.conversion import fingerprint as taken
-    from lora2qlora.lab.models import load_base_model
+    """Convert the model into an empty cache, and hold what is loaded from there against the expected one."""
+    from lora2qlora.lab import conversion
+    from lora2qlora.lab.models import MODELS, load_base_model
 
-    got = json.loads(json.dumps(taken(*load_base_model())))
-    expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
-    wrong = [key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key)]
-    assert not wrong, "; ".join(
-        f"{key} is {got.get(key)}, expected {expected.get(key)}" for key in sorted(wrong)
-    )
-    print(json.dumps(got, indent=1))
+    cache = conversion.cache_directory()
+    assert not cache.exists(), f"{cache} is there already: the model would not be converted"
+    got = conversion.fingerprint(*load_base_model())
+    assert len(got["ids"]) > 3
+    wrong = conversion.differences(got, MODELS["smollm2-135m"].fingerprint)
+    assert not wrong, "; ".join(wrong)
+    print(got["eos"], got["weights"])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -55,16 +55,16 @@ def load(name: str, directory: Path | None = None) -> list[Record]:
 
 
 def _parse(line: bytes) -> Record:
-    """A line's record. Raises ValueError, TypeError, RecursionError where it is none."""
+    """A record of one line of JSON; ValueError or TypeError where it is none, or no record."""
 
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
+    def refuse(number):
+        raise ValueError(f"{number} is no finite number")
 
     found = Record(**json.loads(line.decode("utf-8"), parse_constant=refuse))
-    for field in fields(found):
-        value, kind = getattr(found, field.name), int if field.name == "seed" else dict
-        if type(value) is not kind:
-            raise ValueError(f"{field.name} is {kind.__name__}, got {value!r}"[:200])
+    for field, kind in (("configuration", dict), ("seed", int), ("figures", dict), ("provenance", dict)):
+        value = getattr(found, field)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{field} must be {kind.__name__}, got {value!r:.80}")
     return found
 
 
@@ -77,21 +77,21 @@ def on_gpu(part: str, job: str = "", directory: Path | None = None) -> list[Reco
         records = load("gpu", directory)
     except FileNotFoundError:
         return []
-    wanted = [r for r in records if (r.configuration["part"], r.configuration["size"]) == (part, "full")]
-    return [r for r in wanted if r.configuration["job"].startswith(job)]
+    wanted = [r for r in records if r.configuration.items() >= {"part": part, "size": "full"}.items()]
+    return [r for r in wanted if str(r.configuration.get("job", "")).startswith(job)]
 
 
 def record(name: str, configuration: dict, figures: dict, seed: int, directory: Path | None = None) -> Record:
     """Append one run, atomically; a second process waits its turn.
 
-    Raises ValueError: something that is not plain JSON (a tensor, NaN or infinity), or holds a path of this
-    machine, or a line before is damaged; OSError: a full or closed disk. The records are as they were then.
+    Raises ValueError where something is not plain JSON (a tensor, NaN or infinity), names a path of this
+    machine, or a line before is damaged; OSError where the file cannot be written. Then it is as it was.
     """
     path = _path(name, directory)
     new = Record(dict(configuration), seed, dict(figures), provenance())
     try:
-        line = json.dumps(asdict(new), allow_nan=False, sort_keys=True)
-        _parse(line.encode())
+        line = json.dumps(asdict(new), allow_nan=False, sort_keys=True).encode()
+        _parse(line)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"a record of {name!r} must be plain, finite JSON: {error}") from error
     for text in _texts(json.loads(line)):
@@ -100,18 +100,8 @@ def record(name: str, configuration: dict, figures: dict, seed: int, directory: 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{name}.lock")):
         if path.exists():
-            load(name, directory)  # what follows a line that is damaged would be lost with it
-        before = path.read_bytes() if path.exists() else b""
-        if before and not before.endswith(b"\n"):  # cut by hand: this record is not to join the last
-            before += b"\n"
-        partial = path.with_name(f".{name}.partial")  # what a killed process left is written over
-        try:
-            partial.write_bytes(before + line.encode() + b"\n")
-            os.replace(partial, path)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot add a record to {path}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            load(name, directory)  # what follows a line that was cut would be lost with it
+        _append(path, line)
     return new
 
 
@@ -122,6 +112,21 @@ def _texts(value) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from _texts(part)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line to a file: written beside it, then renamed, so that all of it is there or nothing."""
+    partial = path.with_name(f".{path.stem}.partial")  # hidden, so no part of a wheel if it is left behind
+    try:
+        before = path.read_bytes() if path.exists() else b""
+        if before and not before.endswith(b"\n"):
+            before += b"\n"
+        partial.write_bytes(before + line + b"\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot add a record to {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)  # there is none after the rename
 
 
 def is_recorded(name: str, configuration: dict, seed: int, directory: Path | None = None) -> bool:

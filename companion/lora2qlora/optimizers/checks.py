@@ -18,11 +18,12 @@ def check_group(group: dict, block_size: int) -> None:
     if missing := {"lr", "betas", "eps", "weight_decay", "block_size"} - group.keys():
         raise ValueError(f"the options of a group lack {sorted(missing)}, got {sorted(group)}")
     for name, value in FIXED.items():
-        if group.get(name, value) != value:
-            raise ValueError(f"{name}={group[name]} is not implemented, need {name}={value}")
-    if group["block_size"] != block_size:
+        got = group.get(name, value)
+        if not isinstance(got, int) or got != value:  # a tensor of many has no truth
+            raise ValueError(f"{name}={got!s:.80} is not implemented, need {name}={value}")
+    if not isinstance(group["block_size"], int) or group["block_size"] != block_size:
         raise ValueError(
-            f"got a group with block_size={group['block_size']}, this optimizer's is {block_size}: "
+            f"got a group with block_size={group['block_size']!s:.80}, this optimizer's is {block_size}: "
             "a state is read with the block size that made it"
         )
     if not (in_float32(group["lr"]) and in_float32(group["weight_decay"])):
@@ -47,7 +48,8 @@ def in_float32(number: object) -> bool:
     """Whether an option is a number, not negative, that float32 can hold."""
     if isinstance(number, Tensor) and number.numel() == 1 and number.dtype in FLOATS:
         number = number.item()  # torch's schedules may keep a learning rate in a tensor
-    return isinstance(number, Real) and not isinstance(number, bool) and 0 <= number < 3.4e38
+    most = 2**63 if isinstance(number, int) else 3.4e38  # torch takes no larger integer
+    return isinstance(number, Real) and not isinstance(number, bool) and 0 <= number < most
 
 
 def check_gradient(index: int, parameter: Tensor) -> None:
@@ -100,13 +102,8 @@ def check_state(index: int, state: dict, expected: dict[str, Tensor], codes: dic
     """
 
     def describe(tensors):
-        kinds = {str(name): t for name, t in tensors.items()}
-        return {
-            name: f"{t.dtype} {list(t.shape)}" + " on meta" * t.is_meta
-            if isinstance(t, Tensor)
-            else type(t).__name__
-            for name, t in sorted(kinds.items())
-        }
+        kinds = {str(name): _form(value) for name, value in tensors.items()}
+        return dict(sorted(kinds.items()))
 
     if describe(state) != describe(expected):
         raise ValueError(
@@ -123,6 +120,14 @@ def check_state(index: int, state: dict, expected: dict[str, Tensor], codes: dic
             raise ValueError(
                 f"{name} of parameter {index} has code {most}, beyond a codebook of {codes[name]} values"
             )
+
+
+def _form(value: object) -> str:
+    """Dtype and shape of a tensor, and where or how it is kept if that is not as a parameter is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    odd = [str(value.layout)] * (value.layout != torch.strided) + ["on meta"] * value.is_meta
+    return " ".join([str(value.dtype), str(list(value.shape)), *odd])
 
 
 def check_sizes(name: str, sizes: Iterable[int]) -> list[int]:
