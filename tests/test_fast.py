@@ -375,6 +375,11 @@ def fast_model(double_quant=True, compute_dtype=torch.float32):
     return model
 
 
+def assert_sums_close(ours, theirs):
+    """Equal but for the order of sums, which is a compiler's own: within 1e-5 of the largest number."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
 def is_in(graph, name="fast_dequantize_nf4"):
     return name in str(graph)
 
@@ -392,9 +397,9 @@ def test_a_compiled_fast_model_computes_and_trains_alike(backend, double_quant):
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for _ in range(2):
         for ours, theirs in zip(run(compiled, x, grad), plain, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            assert_sums_close(ours, theirs)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), plain[0], rtol=1e-5, atol=1e-5)
+        assert_sums_close(compiled(x), plain[0])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
