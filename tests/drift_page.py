@@ -23,7 +23,9 @@ def pins(root: Path) -> dict[str, str]:
 
 
 def tables(root: Path, record: dict[str, dict]) -> str:
-    """Packages by stack, and checks by stack."""
+    """Packages by stack, and checks by stack; of an empty record, that there is none."""
+    if not record:
+        return "No run of `make drift` is on record yet. What is said below was seen in single trials."
     names = list(dict.fromkeys(name for entry in record.values() for name in entry["versions"]))
     pinned, stacks = pins(root), list(record)
     lines = [f"| package | pins | {' | '.join(stacks)} |", "| :-- " * (len(stacks) + 2) + "|"]
