@@ -8,14 +8,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from lora2qlora.adapters import naming
+from lora2qlora.adapters.names import REGISTERING
 from lora2qlora.blockwise import check_input, has_numbers
 from lora2qlora.double_quantization import double_quantize
 from lora2qlora.lora import is_linear
 from lora2qlora.nf4 import NF4Weight, quantize_nf4
 
 LARGE = 1e38  # an absmax from which on its code may stand for inf
-# These take note of a model's parameters once, when they wrap it.
-REGISTERING = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def check_linear(linear: nn.Module, block_size: int = 64, double_quant: bool = False) -> None:
