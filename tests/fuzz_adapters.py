@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import torch
+from fuzz_files import spoil
 from fuzz_json import json_leaf, json_text, pattern
 from fuzz_judge import Trial, content, model_digest
 from fuzz_safetensors import mutate_file
@@ -71,13 +70,13 @@ def adapter_targets(folder: Path) -> dict:
             )
         else:
             base = mutate(rng, base, json_leaf)
-        return _trial(folder, json_text(rng, base), weights)
+        return _trial(rng, folder, json_text(rng, base), weights)
 
     def damaged_weights(rng: Random) -> Trial:
-        return _trial(folder, json.dumps(config).encode(), mutate_file(rng, weights))
+        return _trial(rng, folder, json.dumps(config).encode(), mutate_file(rng, weights))
 
     def odd_files(rng: Random) -> Trial:
-        trial = _trial(folder, json.dumps(config).encode(), weights)
+        trial = _trial(rng, folder, json.dumps(config).encode(), weights)
         spoil(rng, folder / "tried")
         return trial
 
@@ -89,7 +88,7 @@ def adapter_targets(folder: Path) -> dict:
     }
 
 
-def _trial(folder: Path, config: bytes, weights: bytes, expected: dict | None = None) -> Trial:
+def _trial(rng: Random, folder: Path, config: bytes, weights: bytes, expected: dict | None = None) -> Trial:
     """`load_adapter` of these bytes; `expected` rank and alpha of each module, where they are known."""
     path = folder / "tried"
     shutil.rmtree(path, ignore_errors=True)
@@ -97,10 +96,12 @@ def _trial(folder: Path, config: bytes, weights: bytes, expected: dict | None = 
     path.mkdir()
     (path / CONFIG).write_bytes(config)
     (path / WEIGHTS).write_bytes(weights)
-    model = Tiny()
+    model, again = Tiny(), rng.random() < 0.25
 
     def accepted(names):
         check_loaded(model, names, path)
+        if again:
+            check_saved_again(model, path.parent / "again")
         layers = {name: (layer.rank, layer.alpha) for name, layer in lora_layers(model).items()}
         assert expected is None or layers == expected, f"loaded {layers}, the files say {expected}"
 
@@ -108,7 +109,7 @@ def _trial(folder: Path, config: bytes, weights: bytes, expected: dict | None = 
 
 
 def check_loaded(model: nn.Module, names: list[str], path: Path) -> None:
-    """The model holds what the file holds, all else is frozen; what it saves loads as the same adapter."""
+    """The model holds what the file holds, and all else is frozen."""
     layers, file = lora_layers(model), load_file(path / WEIGHTS)
     assert names == list(layers), f"{names} are said to be loaded, {list(layers)} are"
     assert len(file) == 2 * len(layers), f"{list(layers)} of {list(file)}"
@@ -126,10 +127,16 @@ def check_loaded(model: nn.Module, names: list[str], path: Path) -> None:
     trained = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"lora_A", "lora_B"}, f"{trained} train"
     assert model(torch.arange(4)).shape == (4, 16)
-    save_adapter(model, path.parent / "again")
+
+
+def check_saved_again(model: nn.Module, path: Path) -> None:
+    """What a loaded model saves loads as the same adapter."""
+    save_adapter(model, path)
     other = Tiny()
-    assert load_adapter(other, path.parent / "again") == names, "saved again, it has other layers"
-    for mine, theirs in zip(layers.values(), lora_layers(other).values(), strict=True):
+    load_adapter(other, path)
+    layers, others = lora_layers(model), lora_layers(other)
+    assert list(layers) == list(others), f"{list(layers)} saved again are {list(others)}"
+    for mine, theirs in zip(layers.values(), others.values(), strict=True):
         assert (mine.rank, mine.alpha, mine.dropout.p) == (theirs.rank, theirs.alpha, theirs.dropout.p)
         assert content(mine.lora_A) == content(theirs.lora_A), "saved again, it has other numbers"
         assert content(mine.lora_B) == content(theirs.lora_B), "saved again, it has other numbers"
@@ -152,8 +159,8 @@ def fitting(rng: Random, folder: Path, config: dict) -> Trial:
             dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16, torch.float64))
             tensors[f"base_model.model.{name}.{part}.weight"] = torch.ones(shape, dtype=dtype)
     if rng.random() < 0.3:
-        return _trial(folder, json_text(rng, mutate(rng, config, json_leaf, 1)), save(tensors))
-    return _trial(folder, json.dumps(config).encode(), save(tensors), expected)
+        return _trial(rng, folder, json_text(rng, mutate(rng, config, json_leaf, 1)), save(tensors))
+    return _trial(rng, folder, json.dumps(config).encode(), save(tensors), expected)
 
 
 def _keys(rng: Random, names: list[str]) -> list[str]:
@@ -169,26 +176,3 @@ def _keys(rng: Random, names: list[str]) -> list[str]:
 def _first(pattern: dict, name: str, default):
     """PEFT's rule for patterns that are plain ends of names: the first that fits."""
     return next((v for key, v in pattern.items() if name == key or name.endswith(f".{key}")), default)
-
-
-def spoil(rng: Random, path: Path) -> None:
-    """Something else in the place of a file: nothing, a folder, a link, a pipe, another format, noughts."""
-    victim = path / rng.choice((CONFIG, WEIGHTS))
-    victim.unlink()
-    make, argument = rng.choice(list(_things(victim)))
-    make(argument)
-
-
-def _things(path: Path) -> Iterator[tuple]:
-    yield (lambda _: None), None
-    yield path.mkdir, 0o777
-    yield path.symlink_to, path
-    yield path.symlink_to, path.with_name("nowhere")
-    yield path.symlink_to, path.parent
-    yield path.symlink_to, path.parents[1] / "good" / path.name  # which is as good as the file
-    yield (lambda _: os.mkfifo(path)), None
-    yield path.with_name("adapter_model.bin").write_bytes, b"\x80\x04K\x01."
-    yield path.write_bytes, b""
-    yield path.write_bytes, b"\x00" * 1_000_000
-    yield (lambda _: shutil.rmtree(path.parent)), None
-    yield (lambda _: (shutil.rmtree(path.parent), path.parent.write_bytes(b"a file"))), None

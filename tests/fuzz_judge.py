@@ -87,7 +87,9 @@ def content(tensor: Tensor) -> tuple:
     form = (tensor.dtype, tuple(tensor.shape), tensor.layout, tensor.device.type)
     if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() > 10**6:
         return *form, id(tensor)
-    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    flat = tensor.detach().reshape(-1)
+    if flat.stride() != (1,):  # a view of bytes needs numbers side by side
+        flat = torch.empty(len(flat), dtype=flat.dtype).copy_(flat)
     return *form, flat.view(torch.uint8).numpy().tobytes()
 
 
