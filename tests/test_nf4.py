@@ -607,8 +607,11 @@ before = status("VmRSS")
 q = quantize_nf4(w)
 print(status("VmHWM") - before, q.nbytes, w.nbytes)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    grown, output, given = map(int, done.stdout.split())
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)  # a busy machine takes pages of libraries back meanwhile: the larger one counts
+    ]
+    grown, output, given = max(tuple(map(int, run.split())) for run in runs)
     assert output * 0.9 < grown < output + 12e6
     assert given + grown < 1.3 * (given + output)
 
