@@ -122,7 +122,8 @@ def skipped(text: str) -> str:
 def first_error(text: str) -> str:
     """The line that says best what went wrong: pytest's first failure, else the last line of all."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    # pytest adds the reason or not, by the terminal's width and by CI=true; what was raised says it better.
+    told = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     raised = re.findall(
         r"^(?:E\s+)?([\w.]*(?:Error|Exception|Warning)\b(?!.*Traceback).*)$", "\n".join(lines), re.M
     )
