@@ -814,6 +814,53 @@ def test_the_operators_are_what_their_schemas_and_shapes_say():
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_a_compiled_round_trip_gives_the_same_bytes(other_default_dtype):
+    """The loops become two operators; all else of a weight is what it is without a compiler."""
+
+    def round_trip(w, block_size):
+        q = quantize_nf4(w, block_size)
+        return q.packed, q.absmax, dequantize_nf4(q), q.shape, q.dtype, q.block_size
+
+    w = normal(7, 31, dtype=torch.float16)
+    compiled = torch.compile(round_trip, backend="eager", fullgraph=True)
+    for got, expected in zip(compiled(w, 20), round_trip(w, 20), strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert same_bits(got, expected)
+        else:
+            assert got == expected
+
+
+@pytest.mark.parametrize("numbers", [3 * nf4.weight.PIECE, 0])
+def test_without_numbers_all_stays_on_the_meta_device(numbers, other_default_dtype):
+    w = torch.empty(numbers, dtype=torch.bfloat16, device="meta")
+    q = quantize_nf4(w, 32)
+    assert (q.packed.device.type, q.packed.dtype, q.packed.numel()) == ("meta", torch.uint8, numbers // 2)
+    assert (q.absmax.device.type, q.absmax.dtype, q.absmax.numel()) == ("meta", torch.float32, numbers // 32)
+    assert q.to(torch.float16).device.type == "meta"
+    out = dequantize_nf4(q)
+    assert (out.device.type, out.dtype, out.shape) == ("meta", torch.bfloat16, w.shape)
+
+
+def test_numbers_stay_on_their_device_while_another_one_is_the_default():
+    """As while a model is built on the meta device."""
+    w = normal(5, 40)
+    expected = quantize_nf4(w)
+    with torch.device("meta"):
+        assert same_bits(nf4_codebook(), CODEBOOK)
+        q = quantize_nf4(w)
+        assert same_bits(q.packed, expected.packed)
+        assert same_bits(q.absmax, expected.absmax)
+        assert same_bits(dequantize_nf4(q), dequantize_nf4(expected))
+        assert q.to(torch.float16).device.type == "cpu"
+
+
+def test_a_tracer_too_names_a_wrong_block_size():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(ValueError, match="block_size"):
+        torch.ops.lora2qlora.quantize_nf4(torch.empty(64), 0)
+
+
 @pytest.mark.gpu
 def test_a_gpu_can_record_it_in_a_graph():
     """Nothing is copied from the host, and no value is read, while a stream is captured."""
