@@ -18,6 +18,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "companion" / "experiments"
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(EXPERIMENTS))
     import build_data
+    import data_chats
     import data_messages
     import data_splits
     import data_texts
@@ -54,6 +55,14 @@ FILES = {
         f"data/chapter_{n}.json": json.dumps({"chapter": str(n), "title": f"Title {n}.", "text": "Call me."})
         for n in data_texts.CHAPTERS
     },
+    "support_desk": {
+        "license.md": "Keep this.",
+        "chatterbot_corpus/data/english/sea.yml": (
+            "conversations:\n- - Ahoy?\n  - Aye, näher.\n  - Why?\n- Land?\n"
+        ),
+        "chatterbot_corpus/data/english/air.yml": "conversations:\n- - Up?\n  - 'No.'\n",
+        "chatterbot_corpus/data/german/see.yml": "conversations:\n- - Ahoi?\n  - Ei.\n",
+    },
 }
 
 
@@ -78,12 +87,13 @@ def deb(files):
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """A folder with five tiny packages, and the script told to expect these."""
+    """A folder with tiny packages, and the script told to expect these."""
     folder = tmp_path / "sources"
     folder.mkdir()
     for name, source in list(build_data.SOURCES.items()):
         is_deb = source.file.endswith(".deb")
-        content = deb(FILES[name]) if is_deb else tar(FILES[name], "package/", "w:gz")
+        top = source.file.removesuffix(".tar.gz") if source.kind == "jsonl" else "package"
+        content = deb(FILES[name]) if is_deb else tar(FILES[name], f"{top}/", "w:gz")
         (folder / source.file).write_bytes(content)
         expected = dataclasses.replace(source, sha256=hashlib.sha256(content).hexdigest())
         monkeypatch.setitem(build_data.SOURCES, name, expected)
@@ -108,8 +118,9 @@ def test_two_builds_give_the_same_bytes_and_check_agrees(sources, tmp_path):
     assert (run(sources, first), run(sources, second)) == (0, 0)
     assert contents(first) == contents(second)
     assert run(sources, first, "--check") == 0
-    ends = (".parquet", ".LICENSE.txt")
-    assert set(contents(first)) == {n + e for n in build_data.SOURCES for e in ends} | {"SHA256SUMS"}
+    extracts = {f"{name}.{source.kind}" for name, source in build_data.SOURCES.items()}
+    notices = {f"{name}.LICENSE.txt" for name in build_data.SOURCES}
+    assert set(contents(first)) == extracts | notices | {"SHA256SUMS"}
     for line in (first / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((first / name).read_bytes()).hexdigest() == digest
@@ -188,6 +199,15 @@ def test_extracts_of_tiny_sources(sources, tmp_path):
     assert moby_dick[0] == {"title": "1. Title 1", "text": "Call me."}
     sotu = pq.read_table(out / "sotu.parquet").to_pylist()
     assert sotu[4]["title"] == "1941, Franklin D. Roosevelt"
+    chats = [json.loads(line) for line in (out / "support_desk.jsonl").read_bytes().decode().splitlines()]
+    assert [chat["source"] for chat in chats] == ["air", "sea", "sea"]
+    assert [[m["content"] for m in chat["messages"]] for chat in chats] == [
+        ["Up?", "No."],
+        ["Ahoy?", "Aye, näher.", "Why?"],
+        ["Land?"],
+    ]
+    assert [m["role"] for m in chats[1]["messages"]] == ["user", "assistant", "user"]
+    assert (out / "support_desk.LICENSE.txt").read_text().startswith("support_desk.jsonl is an extract")
     assert b"GPL" not in (out / "wordnet.LICENSE.txt").read_bytes()
     assert (out / "cmudict.LICENSE.txt").read_text().endswith("notice:\n\nKeep this.\n")
 
@@ -237,6 +257,12 @@ def test_quotas_are_largest_remainders_with_one_at_least():
     counts = Counter(act=64, body=27, motive=9)  # of 10 rows: 6.4, 2.7 and 0.9, which is lifted to 1
     assert data_splits.quotas(counts, 10) == {"act": 6, "body": 3, "motive": 1}
     assert data_splits.quotas(counts, 100) == counts
+
+
+def test_a_turn_that_is_no_text_is_refused_with_its_file():
+    path = "chatterbot_corpus/data/english/sea.yml"
+    with pytest.raises(ValueError, match=rf"{path} has a turn that is no text: 1851"):
+        data_chats.chat_rows({path: b"conversations:\n- - When?\n  - 1851\n"})
 
 
 def test_a_definition_that_two_categories_share_is_dropped():

@@ -42,7 +42,8 @@ FOLDERS = {
 }  # fmt: skip
 # A file of lab imports rooms, and files of lab that stand before it.
 LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "models")
-LAB += ("tasks", "guards", "batches", "scores", "training", "chat_rows", "chat", "measured", "notebook")
+LAB += ("tasks", "guards", "batches", "scores", "training", "chat_rows", "chat_file")
+LAB += ("chat_split", "chat", "measured", "notebook")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
 CLOCKS = re.compile(r"(time|perf_counter|process_time|thread_time|monotonic)(_ns)?")
 # Chapter by chapter, the room it is about; None where the book has none.

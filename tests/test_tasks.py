@@ -384,7 +384,8 @@ def test_data_is_small_and_each_file_has_its_notice():
     files = {path.name: path for path in DATA.iterdir() if path.is_file()}  # the folder is test_models.py's
     sources = {*SIZES, *tasks.TEXTS}
     extracts = {f"{s}{end}" for s in sources for end in (".parquet", ".LICENSE.txt")}
-    assert set(files) == extracts | {"SHA256SUMS"}
+    chats = {"support_desk.jsonl", "support_desk.LICENSE.txt"}
+    assert set(files) == extracts | chats | {"SHA256SUMS"}
     assert sum(path.stat().st_size for path in files.values()) <= 2_500_000
     assert {path.name for path in DATA.iterdir()} - set(files) <= {"small_lm"}
     phrases = {
@@ -393,8 +394,10 @@ def test_data_is_small_and_each_file_has_its_notice():
         "spam": "Creative Commons Zero v1.0 Universal",
         "sotu": "Open Data Commons Public Domain Dedication",
         "moby_dick": "Open Data Commons Public Domain Dedication",
+        "support_desk": "Copyright (c) 2017, Gunther Cox All rights reserved.",
     }
-    for source in sources:
+    assert phrases.keys() == sources | {"support_desk"}
+    for source in phrases:
         text = (DATA / f"{source}.LICENSE.txt").read_text(encoding="utf-8")
         assert phrases[source] in text
         assert "Changes: " in text

