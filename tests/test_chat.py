@@ -4,7 +4,7 @@ import pytest
 from chat_templates import FORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2qlora.lab.chat import encode_chat, fit_length
+from lora2qlora.lab.chat import encode_chat, encode_chats, fit_length
 from lora2qlora.lab.models import SMALL_LM
 
 CHAT = [
@@ -175,3 +175,17 @@ def test_a_tokenizer_that_adds_a_start_token_does_not_double_it():
     )
     assert tokenizer("Ahoy")["input_ids"][0] == start
     assert encode_chat(tokenizer, CHAT)["input_ids"].count(start) == 1
+
+
+def test_rows_that_cannot_train_are_refused_with_their_number_and_reason(form):
+    tokenizer = tokenizer_for(form)
+    hostile = [PAIR[0], {"role": "assistant", "content": f"Yes.{form.end}No."}]
+    examples, refused = encode_chats(tokenizer, [PAIR, hostile, PAIR])
+    assert examples == [encode_chat(tokenizer, PAIR)] * 2
+    ((row, reason),) = refused
+    assert row == 1
+    assert "its content holds" in reason
+    with pytest.raises(ValueError, match=r"no chat of 1 can be trained on: row 0: turn 1 \(assistant\)"):
+        encode_chats(tokenizer, [hostile])
+    with pytest.raises(ValueError, match="no chat of 0 .* there are none"):
+        encode_chats(tokenizer, [])

@@ -62,3 +62,41 @@ def test_roles_take_turns_and_a_row_knows_its_source(rows):
     sources = Counter(row["source"] for row in rows)
     assert list(sources) == sorted(sources)
     assert sources.most_common(1)[0][0] == "tech_support"
+
+
+def test_a_path_is_found_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "support-desk"
+    own.write_text("{}")
+    assert chat_file.find_chats("support-desk").samefile(own)
+    own.unlink()
+    assert chat_file.find_chats("support-desk") == chat_file.chat_file("support-desk")
+
+
+@pytest.mark.parametrize("data", ["mine.jsonl", "folder/mine.jsonl", "a/b/c", "support desk"])
+def test_what_is_not_there_is_said_with_what_would_do(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyError, match=r"no file '.*a Hub dataset owner/name, or one of support-desk"):
+        chat_file.find_chats(data)
+
+
+def test_a_hub_dataset_becomes_a_file_once_and_whole(tmp_path, monkeypatch):
+    import datasets
+
+    asked, rows = [], [{"messages": [{"role": "user", "content": "Zürich?"}]}]
+
+    def load(name, split):
+        asked.append((name, split))
+        if name == "some/broken":
+            raise ConnectionError("no network")
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setenv("LORA2QLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    paths = {chat_file.find_chats("some/chats") for _ in range(2)}
+    assert asked == [("some/chats", "train")]
+    assert [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()] == rows
+    assert "Zürich" in next(iter(paths)).read_text("utf-8")
+    with pytest.raises(OSError, match=r"cannot load 'some/broken' from the Hub .*no network"):
+        chat_file.find_chats("some/broken")
+    assert [path.name for path in next(iter(paths)).parent.iterdir()] == ["some--chats.jsonl"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lora2qlora.lab.chat_rows import Chats, Messages, read_chats, what_is_wrong
 from lora2qlora.lab.training import IGNORED
 
-__all__ = ["Chats", "encode_chat", "fit_length", "read_chats", "what_is_wrong"]
+__all__ = ["Chats", "encode_chat", "encode_chats", "fit_length", "read_chats", "what_is_wrong"]
 
 
 def encode_chat(tokenizer, messages: Messages, last_only: bool = False) -> dict[str, list[int]]:
@@ -34,6 +34,25 @@ def encode_chat(tokenizer, messages: Messages, last_only: bool = False) -> dict[
         start, stop = _answer(tokenizer, messages, turn, ids)
         labels[start:stop] = ids[start:stop]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def encode_chats(
+    tokenizer, rows: list[Messages], last_only: bool = False
+) -> tuple[list[dict[str, list[int]]], list[tuple[int, str]]]:
+    """(examples as `encode_chat` gives them, refused rows as (index, reason)).
+
+    Raises ValueError where no row is left: the message has the first reasons. Chapter 13.
+    """
+    examples, refused = [], []
+    for index, messages in enumerate(rows):
+        try:
+            examples.append(encode_chat(tokenizer, messages, last_only))
+        except ValueError as error:
+            refused.append((index, str(error)))
+    if not examples:
+        first = "; ".join(f"row {index}: {reason}" for index, reason in refused[:3]) or "there are none"
+        raise ValueError(f"no chat of {len(rows)} can be trained on: {first}")
+    return examples, refused
 
 
 def fit_length(examples: list[dict[str, list[int]]], max_length: int) -> tuple[list[dict], dict[str, float]]:
