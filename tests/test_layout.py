@@ -41,9 +41,9 @@ FOLDERS = {
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
 }  # fmt: skip
 # A file of lab imports rooms, and files of lab that stand before it.
-LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "models")
+LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "model_folder", "models")
 LAB += ("tasks", "guards", "batches", "scores", "training", "chat_rows", "chat_file")
-LAB += ("chat_split", "chat", "measured", "notebook")
+LAB += ("chat_split", "chat", "output_folder", "measured", "notebook")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
 CLOCKS = re.compile(r"(time|perf_counter|process_time|thread_time|monotonic)(_ns)?")
 # Chapter by chapter, the room it is about; None where the book has none.

