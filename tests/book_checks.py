@@ -189,7 +189,7 @@ def _calls_out(node: ast.Call) -> str:
     name = called.rsplit(".", 1)[-1]
     values = [*node.args, *(keyword.value for keyword in node.keywords)]
     texts = [v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
-    if name in NETWORK_CALLS:
+    if name in NETWORK_CALLS and not _loads_a_file(node):
         return f"{name}()"
     if name in {"from_pretrained", "pipeline"}:
         first = node.args[:1] if name == "from_pretrained" else []
@@ -201,6 +201,14 @@ def _calls_out(node: ast.Call) -> str:
     ):
         return "a shell or pip line"
     return ""
+
+
+def _loads_a_file(node: ast.Call) -> bool:
+    """load_dataset("json", data_files=variable): what the name of a file's kind needs no Hub for."""
+    kinds = {"json", "csv", "parquet"}
+    kind = bool(node.args) and isinstance(node.args[0], ast.Constant) and node.args[0].value in kinds
+    files = [keyword.value for keyword in node.keywords if keyword.arg == "data_files"]
+    return kind and len(files) == 1 and isinstance(files[0], ast.Name)
 
 
 def _reaches_out(node: ast.AST) -> str:

@@ -375,6 +375,8 @@ CHAPTER_DEFECTS = [
     ("no_network", "requests", runs("import requests")),
     ("no_network", "urllib", runs("from urllib.request import urlopen as get")),
     ("no_network", "datasets", runs("d = datasets.load_dataset(name)")),
+    ("no_network", "a file's kind without a file", runs('d = load_dataset("json")')),
+    ("no_network", "an address as a file", runs('d = load_dataset("json", data_files="hf://a/b.json")')),
     ("no_network", "the Hub", runs("path = hf_hub_download(repo, file)")),
     ("no_network", "a model by name", runs("AutoModel.from_pretrained('gpt2')")),
     ("no_network", "a pipeline", runs("pipeline('text-generation', model='owner/name')")),
@@ -512,6 +514,14 @@ def test_a_chapter_s_defect_is_caught_by_its_rule(good, rule, edit):
     problems = chapter_problems(Chapter(path, json.loads(json.dumps(notebook))))
     assert list(problems) == [rule], problems
     assert all(path.name in problem for problem in problems[rule])
+
+
+def test_rows_of_one_s_own_may_be_loaded_as_datasets_does(good):
+    notebook = good_notebook()
+    runs('d = load_dataset("json", data_files=files)')(notebook)
+    numbered(notebook["cells"])
+    path = good / "book" / "00_quickstart.ipynb"
+    assert not chapter_problems(Chapter(path, json.loads(json.dumps(notebook))))
 
 
 # --- one defect each, in a repository ------------------------------------------------------------
