@@ -296,6 +296,14 @@ def test_messages_that_teach_nothing_are_dropped():
     assert data_messages.spam_rows(files) == [(bodies["kept"], "spam")]
 
 
+def test_the_support_desk_needs_no_cleaning():
+    """Its rows are kept raw, so none may hold what no extract holds; two speak of Philip K. and of Moby."""
+    lines = (build_data.OUT / "support_desk.jsonl").read_text(encoding="utf-8").splitlines()
+    turns = [message["content"] for line in lines for message in json.loads(line)["messages"]]
+    found = {match[0] for turn in turns for match in data_splits.UNWANTED.finditer(turn)}
+    assert found == {"Dick"}
+
+
 @pytest.mark.parametrize(
     "words",
     [
