@@ -8,6 +8,8 @@ Left out: what the device itself takes (context, kernels, workspaces inside an o
 allocator holds in reserve beyond what it handed out.
 """
 
+from lora2qlora.memory.base import shape_of
+from lora2qlora.memory.families import LINEARS
 from lora2qlora.memory.ledger import COMPONENTS, MemoryLedger, static_memory
 from lora2qlora.memory.methods import (
     ADAMW,
@@ -23,7 +25,8 @@ from lora2qlora.memory.methods import (
     QLoRA,
 )
 from lora2qlora.memory.prediction import PHASES, StepForecast, forecast, training_memory
-from lora2qlora.memory.shape import LINEARS, SHAPES, LlamaShape, shape_of
+from lora2qlora.memory.presets import SHAPES
+from lora2qlora.memory.shape import LlamaShape
 from lora2qlora.memory.simulation import simulate_step
 from lora2qlora.memory.tracker import PeakReport, storage_bytes, track_peak, track_step
 

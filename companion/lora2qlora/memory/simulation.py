@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora2qlora.adapters import add_lora, count_parameters, lora_layers
 from lora2qlora.blockwise import check_size
 from lora2qlora.memory.config import Source, read_config
+from lora2qlora.memory.families import LINEARS
 from lora2qlora.memory.methods import (
     ADAMW,
     ADAMW_FOREACH,
@@ -32,7 +33,6 @@ from lora2qlora.memory.methods import (
     Optimizer,
     QLoRA,
 )
-from lora2qlora.memory.shape import LINEARS
 from lora2qlora.memory.tracker import PeakReport, track_step
 from lora2qlora.qlora import NF4Linear, quantize_base
 from lora2qlora.qlora.state import shapes_alone
