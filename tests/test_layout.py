@@ -35,7 +35,8 @@ FOLDERS = {
     "nf4": ("codebook", "weight"),
     "qlora": ("state", "checks", "layer", "model"),
     "memory": (
-        "shape", "methods", "ledger", "tape", "linears", "block", "step", "prediction", "tracker",
+        "config", "families", "shape", "presets", "base", "methods", "ledger", "tape", "linears", "norms",
+        "attention", "block", "step", "prediction", "tracker", "simulation",
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),

@@ -2,12 +2,14 @@
 
 The ledger goes through the operations of a step of a Llama-like model one by one, as autograd does, and
 keeps count of what is held: a tape of sizes instead of numbers. The measurement counts live storages, or asks
-the CUDA allocator. Chapter 11.
+the CUDA allocator. The simulation measures a step of any causal model on tensors without numbers. Chapter 11.
 
 Left out: what the device itself takes (context, kernels, workspaces inside an operation) and what an
 allocator holds in reserve beyond what it handed out.
 """
 
+from lora2qlora.memory.base import shape_of
+from lora2qlora.memory.families import LINEARS
 from lora2qlora.memory.ledger import COMPONENTS, MemoryLedger, static_memory
 from lora2qlora.memory.methods import (
     ADAMW,
@@ -23,7 +25,9 @@ from lora2qlora.memory.methods import (
     QLoRA,
 )
 from lora2qlora.memory.prediction import PHASES, StepForecast, forecast, training_memory
-from lora2qlora.memory.shape import LINEARS, SHAPES, LlamaShape, shape_of
+from lora2qlora.memory.presets import SHAPES
+from lora2qlora.memory.shape import LlamaShape
+from lora2qlora.memory.simulation import simulate_step
 from lora2qlora.memory.tracker import PeakReport, storage_bytes, track_peak, track_step
 
 __all__ = [  # noqa: RUF022 (in the order in which one meets them)
@@ -33,4 +37,5 @@ __all__ = [  # noqa: RUF022 (in the order in which one meets them)
     "MemoryLedger", "COMPONENTS", "static_memory",
     "PHASES", "StepForecast", "training_memory", "forecast",
     "storage_bytes", "PeakReport", "track_peak", "track_step",
+    "simulate_step",
 ]  # fmt: skip

@@ -34,7 +34,9 @@ def static_memory(
     """[bytes] held between two steps, when gradients are gone: weights, constants, adapters, optimizer."""
     linears = [out * in_ for out, in_ in shape.linears.values()]
     outside = shape.parameters - shape.layers * sum(linears)
-    weights = outside * method.dtype.itemsize + 2 * 4 * (shape.head_dim // 2)  # rotary frequencies, twice
+    weights = outside * method.dtype.itemsize
+    weights += shape.angle_kinds * 2 * 4 * (shape.head_dim // 2)  # rotary frequencies, twice
+    weights += 4 * (shape.traits.scaled == "embedding")  # by which number
     if isinstance(method, QLoRA):
         weights += shape.layers * sum(-(-size // 2) for size in linears)
         constants = shape.layers * sum(nf4_constants(size, method) for size in linears)

@@ -18,16 +18,18 @@ class Linears:
     def __init__(self, tape: Tape, shape: LlamaShape, method: Full | LoRA | QLoRA, tokens: int):
         self.tape, self.method, self.tokens, self.sizes = tape, method, tokens, shape.linears
         self.full, self.width = isinstance(method, Full), method.dtype.itemsize
+        self.adapted_names = () if self.full else method.chosen(shape.linears)
+        self.biased = shape.biases
 
     def __call__(self, name: str, x: Size):
         """The layer of this name."""
         out, in_ = self.sizes[name]
         base = self.quantized if isinstance(self.method, QLoRA) else self.plain
-        if self.full or name not in self.method.targets:
-            return base(x, out, in_)
-        return self.adapted(x, out, in_, base)
+        if name in self.adapted_names:
+            return self.adapted(x, out, in_, base)
+        return base(x, out, in_, name in self.biased)
 
-    def plain(self, x: Size, out: int, in_: int):
+    def plain(self, x: Size, out: int, in_: int, biased: bool = False):
         """y = x Wᵀ. Only a weight that trains keeps its input."""
         tape, n, width = self.tape, self.tokens, self.width
         saved = [tape.save(x)] if self.full else []
@@ -38,6 +40,7 @@ class Linears:
             tape.load(*saved)
             if self.full:
                 tape.new(out * in_ * width, "gradients")
+                tape.new(out * biased * width, "gradients")
             if x.needs:
                 of_x = tape.add(of_x, tape.new(n * in_ * width))
             tape.drop(gradient)
@@ -46,7 +49,7 @@ class Linears:
 
         return y, pullback
 
-    def quantized(self, x: Size, out: int, in_: int):
+    def quantized(self, x: Size, out: int, in_: int, biased: bool = False):
         """y = x Ŵᵀ, with Ŵ dequantized for the moment, forward and backward."""
         tape, n, width, compute = self.tape, self.tokens, self.width, self.method.compute_dtype.itemsize
         cast_x = tape.cast(x, n * in_ * compute, keep=True)

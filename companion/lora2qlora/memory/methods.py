@@ -1,11 +1,13 @@
 """What trains, and in how many bytes: the three methods, and what an optimizer keeps for each parameter."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from lora2qlora.blockwise import FLOATS, check_size
-from lora2qlora.memory.shape import LINEARS, LlamaShape
+from lora2qlora.memory.families import FUSED, LINEARS
+from lora2qlora.memory.shape import LlamaShape
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,10 @@ class Full:
 
 @dataclass(frozen=True)
 class LoRA:
-    """A frozen base in `dtype`, and adapters of one rank over some of the linear layers of every block."""
+    """A frozen base in `dtype`, and adapters of one rank over some of the linear layers of every block.
+
+    The targets LINEARS mean all of them, whatever a family calls them.
+    """
 
     rank: int = 16
     targets: tuple[str, ...] = LINEARS
@@ -29,10 +34,18 @@ class LoRA:
 
     def __post_init__(self):
         check_size("rank", self.rank)
-        if not self.targets or not set(self.targets) <= set(LINEARS):
-            raise ValueError(f"targets are some of {LINEARS}, got {self.targets!r}")
+        if not self.targets or not set(self.targets) <= {*LINEARS, *FUSED}:
+            raise ValueError(f"targets are some of {(*LINEARS, FUSED[0], FUSED[2])}, got {self.targets!r}")
         check_float("dtype", self.dtype)
         check_float("adapter_dtype", self.adapter_dtype)
+
+    def chosen(self, names: Iterable[str]) -> list[str]:
+        """Those of a model's linear layers that are adapted; ValueError where it has no such layer."""
+        if set(self.targets) == set(LINEARS):
+            return list(names)
+        if missing := set(self.targets) - set(names):
+            raise ValueError(f"the model has no {sorted(missing)}; targets are some of {tuple(names)}")
+        return [name for name in names if name in self.targets]
 
 
 @dataclass(frozen=True)
@@ -94,11 +107,10 @@ def trained_tensors(shape: LlamaShape, method: Full | LoRA | QLoRA) -> list[tupl
     """(numbers, bytes) of every tensor that trains, in the order of model.parameters()."""
     if isinstance(method, Full):
         outer = [shape.vocabulary * shape.hidden]
-        block = [out * in_ for out, in_ in shape.linears.values()] + 2 * [shape.hidden]
-        counts = outer + shape.layers * block + [shape.hidden] + ([] if shape.tied else outer)
+        counts = outer + shape.layers * shape.block + [shape.hidden] + ([] if shape.tied else outer)
         width = method.dtype.itemsize
     else:
-        pairs = [shape.linears[name] for name in LINEARS if name in method.targets]
+        pairs = [shape.linears[name] for name in method.chosen(shape.order)]
         counts = shape.layers * [method.rank * n for out, in_ in pairs for n in (in_, out)]
         width = method.adapter_dtype.itemsize
     return [(count, count * width) for count in counts]

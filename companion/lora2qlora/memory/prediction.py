@@ -6,9 +6,10 @@ from functools import cached_property
 from torch import nn
 
 from lora2qlora.blockwise import check_size
+from lora2qlora.memory.base import shape_of
 from lora2qlora.memory.ledger import MemoryLedger, static_memory
 from lora2qlora.memory.methods import ADAMW, Full, LoRA, Optimizer, QLoRA
-from lora2qlora.memory.shape import LlamaShape, shape_of
+from lora2qlora.memory.shape import LlamaShape
 from lora2qlora.memory.step import Step
 from lora2qlora.memory.tape import Tape
 
@@ -64,6 +65,10 @@ def forecast(
     optimizer: Optimizer = ADAMW,
 ) -> StepForecast:
     """The whole step that `training_memory` takes the peak of; arguments and errors as there. Chapter 11."""
+    if isinstance(model_or_shape, str):
+        raise TypeError(
+            "need a LlamaShape or a Llama-like model of it, got str: shape_of reads a config.json"
+        )
     shape = model_or_shape if isinstance(model_or_shape, LlamaShape) else shape_of(model_or_shape)
     if not isinstance(method, Full | LoRA):
         raise TypeError(f"method is a Full, LoRA or QLoRA, got {method!r}")
@@ -71,11 +76,10 @@ def forecast(
         raise TypeError(f"optimizer is an Optimizer such as ADAMW, got {optimizer!r}")
     check_size("batch", batch)
     check_size("length", length)
-    window = getattr(getattr(model_or_shape, "config", None), "sliding_window", None)
-    if window and window <= length:
+    if shape.window and shape.window <= length:
         raise ValueError(
-            f"attention in a window of {window} tokens takes a mask, which is not counted, from length "
-            f"{window} on; got length {length}"
+            f"attention in a window of {shape.window} tokens takes a mask, which is not counted, from length "
+            f"{shape.window} on; got length {length}: simulate_step counts it"
         )
     tape = Tape(static_memory(shape, method, optimizer))
     step = Step(tape, shape, method, batch, length, checkpointing)

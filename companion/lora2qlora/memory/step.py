@@ -31,12 +31,21 @@ class Step:
         tape.new(8 * n)  # the token ids
         # With checkpointing transformers wants a gradient of the embedding's output, frozen or not.
         embedded = x = tape.new(n * shape.hidden * self.width, needs=self.full or self.checkpointing)
+        if shape.traits.scaled:
+            embedded, pull_scaled = self.block.scale(x)
+            tape.drop(x)
+            x = embedded
         positions = tape.new(8 * self.length)
-        angles = [tape.new(self.length * shape.head_dim * self.width, "activations") for _ in range(2)]
+        width = 4 if shape.traits.wide_angles else self.width
+        angles = [
+            tape.new(self.length * shape.head_dim * width, "activations")
+            for _ in range(2 * shape.angle_kinds)
+        ]
         tape.hold(embedded)
         pulls = []
-        for _ in range(shape.layers):
-            y, pull = self.checkpointed(x) if self.checkpointing else self.block(x)
+        for layer in range(1, shape.layers + 1):
+            turns = not shape.unturned or layer % shape.unturned > 0
+            y, pull = self.checkpointed(x, turns) if self.checkpointing else self.block(x, turns)
             pulls.append(pull)
             tape.drop(x)
             x = y
@@ -51,6 +60,8 @@ class Step:
         tape.drop(*angles)
         if self.checkpointing:
             tape.drop(positions)
+        if shape.traits.scaled and gradient:
+            gradient = pull_scaled(gradient)
         if self.full:
             tape.new(shape.vocabulary * shape.hidden * self.width, "gradients")
             if shape.tied:  # the embedding's gradient, and the head's is added to it
@@ -59,11 +70,11 @@ class Step:
             tape.drop(gradient)
         tape.drop(*losses)
 
-    def checkpointed(self, x: Size):
+    def checkpointed(self, x: Size, turns: bool):
         """A block that keeps its input alone, and is computed again when its backward pass begins."""
         tape = self.tape
-        tape.checkpoint = Checkpoint(lambda: self.block(x))
-        y, pull = self.block(x)
+        tape.checkpoint = Checkpoint(lambda: self.block(x, turns))
+        y, pull = self.block(x, turns)
         tape.checkpoint = None
         kept = tape.hold(x)
         if kept.kind == "transient":
@@ -82,6 +93,9 @@ class Step:
         wide, exact = n * shape.vocabulary * self.width, n * shape.vocabulary * 4
         saved = [tape.save(x)] if self.full else []
         logits = tape.new(wide, "logits")
+        if shape.traits.scaled == "all":
+            unscaled, logits = logits, tape.new(wide, "logits")
+            tape.drop(unscaled)
         as_float = tape.cast(logits, exact, "logits", keep=True)
         padded = tape.new(8 * self.batch * (self.length + 1))
         labels = tape.new(8 * n) if self.batch > 1 else tape.hold(padded)  # one row lies as it should
@@ -95,6 +109,9 @@ class Step:
         of_logits = tape.new(exact, "logits")
         tape.drop(of_loss, log_softmax)
         of_logits = tape.cast(of_logits, wide, "logits")
+        if shape.traits.scaled == "all":
+            of_scaled, of_logits = of_logits, tape.new(wide, "logits")
+            tape.drop(of_scaled)
         of_head = tape.new(shape.vocabulary * shape.hidden * self.width, "gradients") if self.full else None
         gradient = tape.new(n * shape.hidden * self.width)
         tape.drop(of_logits)

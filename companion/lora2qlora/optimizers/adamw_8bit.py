@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lora2qlora.blockwise import BlockwiseQuantized, check_codebook, check_size
+from lora2qlora.blockwise import BlockwiseQuantized, check_codebook, check_size, has_numbers
 from lora2qlora.double_quantization import dynamic_codebook
 from lora2qlora.optimizers.adam import adam_step, adam_step_8bit, unsigned_dynamic_codebook
 from lora2qlora.optimizers.checks import (
@@ -55,7 +55,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.codebooks = codebooks or (dynamic_codebook(), unsigned_dynamic_codebook())
         for codebook in self.codebooks:
             check_codebook(codebook)
-        if self.codebooks[1][0] < 0:
+        if has_numbers(self.codebooks[1]) and self.codebooks[1][0] < 0:
             raise ValueError("the codebook of the second moment has negative values, and no square is")
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "block_size": block_size})  # so that it is saved with a state

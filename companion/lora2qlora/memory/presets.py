@@ -1,0 +1,46 @@
+"""Published shapes by name."""
+
+from lora2qlora.memory.shape import LlamaShape
+
+QKV = ("q_proj", "k_proj", "v_proj")
+# 175B has GPT-3's width and depth in the form of a Llama. Windows are those that config.json switches on.
+SHAPES = {
+    "SmolLM2-135M": LlamaShape(576, 30, 9, 1536, 49152, kv_heads=3, tied=True),
+    "Llama-3.2-1B": LlamaShape(2048, 16, 32, 8192, 128256, kv_heads=8, tied=True),
+    "LLaMA-7B": LlamaShape(4096, 32, 32, 11008, 32000),
+    "Llama-3.1-8B": LlamaShape(4096, 32, 32, 14336, 128256, kv_heads=8),
+    "LLaMA-13B": LlamaShape(5120, 40, 40, 13824, 32000),
+    "LLaMA-33B": LlamaShape(6656, 60, 52, 17920, 32000),
+    "LLaMA-65B": LlamaShape(8192, 80, 64, 22016, 32000),
+    "Llama-2-70B": LlamaShape(8192, 80, 64, 28672, 32000, kv_heads=8),
+    "175B": LlamaShape(12288, 96, 96, 32768, 50257),
+    "SmolLM2-360M": LlamaShape(960, 32, 15, 2560, 49152, kv_heads=5, tied=True),
+    "SmolLM2-1.7B": LlamaShape(2048, 24, 32, 8192, 49152, tied=True),
+    "SmolLM3-3B": LlamaShape(2048, 36, 16, 11008, 128256, kv_heads=4, tied=True, unturned=4),
+    "Llama-3.2-3B": LlamaShape(3072, 28, 24, 8192, 128256, kv_heads=8, tied=True),
+    "Llama-3.3-70B": LlamaShape(8192, 80, 64, 28672, 128256, kv_heads=8),
+    "Mistral-7B-v0.3": LlamaShape(4096, 32, 32, 14336, 32768, kv_heads=8),
+    "Qwen2.5-0.5B": LlamaShape(896, 24, 14, 4864, 151936, kv_heads=2, tied=True, biases=QKV),
+    "Qwen2.5-1.5B": LlamaShape(1536, 28, 12, 8960, 151936, kv_heads=2, tied=True, biases=QKV),
+    "Qwen2.5-3B": LlamaShape(2048, 36, 16, 11008, 151936, kv_heads=2, tied=True, biases=QKV),
+    "Qwen2.5-7B": LlamaShape(3584, 28, 28, 18944, 152064, kv_heads=4, biases=QKV),
+    "Qwen2.5-14B": LlamaShape(5120, 48, 40, 13824, 152064, kv_heads=8, biases=QKV),
+    "Qwen2.5-32B": LlamaShape(5120, 64, 40, 27648, 152064, kv_heads=8, biases=QKV),
+    "Qwen2.5-72B": LlamaShape(8192, 80, 64, 29568, 152064, kv_heads=8, biases=QKV),
+    "Qwen3-0.6B": LlamaShape(1024, 28, 16, 3072, 151936, 8, 128, tied=True, form="qwen3"),
+    "Qwen3-1.7B": LlamaShape(2048, 28, 16, 6144, 151936, 8, 128, tied=True, form="qwen3"),
+    "Qwen3-4B": LlamaShape(2560, 36, 32, 9728, 151936, 8, 128, tied=True, form="qwen3"),
+    "Qwen3-8B": LlamaShape(4096, 36, 32, 12288, 151936, 8, 128, form="qwen3"),
+    "Qwen3-14B": LlamaShape(5120, 40, 40, 17408, 151936, 8, 128, form="qwen3"),
+    "Qwen3-32B": LlamaShape(5120, 64, 64, 25600, 151936, 8, 128, form="qwen3"),
+    "Gemma-3-1B": LlamaShape(1152, 26, 4, 6912, 262144, 1, 256, tied=True, form="gemma3", window=512),
+    "Gemma-3-4B": LlamaShape(2560, 34, 8, 10240, 262208, 4, 256, tied=True, form="gemma3", window=1024),
+    "Gemma-3-12B": LlamaShape(3840, 48, 16, 15360, 262208, 8, 256, tied=True, form="gemma3", window=1024),
+    "Phi-3-mini": LlamaShape(3072, 32, 32, 8192, 32064, form="phi3", window=2047),
+    "Phi-4": LlamaShape(5120, 40, 40, 17920, 100352, kv_heads=10, form="phi3"),
+    "OLMo-2-1B": LlamaShape(2048, 16, 16, 8192, 100352, form="olmo2"),
+    "OLMo-2-7B": LlamaShape(4096, 32, 32, 11008, 100352, form="olmo2"),
+    "OLMo-2-13B": LlamaShape(5120, 40, 40, 13824, 100352, form="olmo2"),
+    "Granite-3.3-2B": LlamaShape(2048, 40, 32, 8192, 49159, kv_heads=8, tied=True, form="granite"),
+    "Granite-3.3-8B": LlamaShape(4096, 40, 32, 12800, 49159, kv_heads=8, tied=True, form="granite"),
+}
