@@ -834,6 +834,23 @@ def test_masking_by_token_loses_the_ends_only_where_the_padding_is_the_end(mista
     assert found["lost_with_own_padding"] == [0, 0]
 
 
+def test_a_batch_is_padded_on_the_side_that_was_asked_for_and_a_start_doubled(mistakes, asked):
+    _, tokenizer = mistakes.base_of(asked)
+    (short, long), _ = (
+        sorted(rows, key=lambda row: len(row["labels"]))[::3] for rows in mistakes.chunks(asked, tokenizer)
+    )
+    n = len(long["labels"]) - len(short["labels"])
+    for side, padding in (("left", slice(0, n)), ("right", slice(-n, None)), ("left", slice(0, n))):
+        batch = mistakes.padded(tokenizer, [short, long], side)
+        assert batch["attention_mask"].sum(1).tolist() == [len(short["labels"]), len(long["labels"])]
+        assert batch["attention_mask"][0, padding].tolist() == [0] * n
+        assert set(batch["labels"][0, padding].tolist()) == {mistakes.IGNORED}
+    doubled = mistakes.double_start(short)
+    assert {key: values[1:] for key, values in doubled.items()} == {key: short[key] for key in doubled}
+    assert tokenizer.decode(doubled["input_ids"]).startswith("<|im_start|><|im_start|>system")
+    assert (doubled["labels"][0], doubled["attention_mask"][0]) == (mistakes.IGNORED, 1)
+
+
 def test_the_side_changes_answers_of_shorter_rows_and_no_loss(mistakes, asked, monkeypatch):
     found = mistakes.padding_side(asked, 0)
     left, right = found["losses"].values()

@@ -96,22 +96,26 @@ def padding_side(asked: dict, seed: int) -> dict:
 # Five batches -------------------------------------------------------------------------------------
 
 
+def double_start(row: dict) -> dict:
+    """A row with its first token twice, as from a tokenizer that adds its start to a rendered chat.
+
+    Here it is put in by hand: this tokenizer adds none.
+    """
+    return {
+        "input_ids": [row["input_ids"][0], *row["input_ids"]],
+        "attention_mask": [1, *row["attention_mask"]],
+        "labels": [IGNORED, *row["labels"]],
+    }
+
+
 def five_batches(asked: dict, seed: int) -> dict:
     """Tokens that count in each batch, and the base's loss on them, as it should be and with a mistake.
 
-    The second start token is put in by hand: this tokenizer adds none to a chat rendered as text.
+    Where the prompt trains, so does the first token of a row with padding before it.
     """
     base, tokenizer = base_of(asked)
     by_labels = {name: chunks(asked, tokenizer, name) for name in ("answer", "no end", "everything")}
-    doubled = [
-        [
-            {"input_ids": [row["input_ids"][0], *row["input_ids"]],
-             "attention_mask": [1, *row["attention_mask"]],
-             "labels": [IGNORED, *row["labels"]]}
-            for row in rows
-        ]
-        for rows in by_labels["answer"]
-    ]  # fmt: skip
+    doubled = [[double_start(row) for row in rows] for rows in by_labels["answer"]]
     table = {
         "as it should be": (by_labels["answer"], "left"),
         "padding on the other side": (by_labels["answer"], "right"),
