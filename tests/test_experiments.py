@@ -822,6 +822,15 @@ def test_a_finding_is_measured_once_and_a_cut_loses_none_before_it(mistakes, mon
     assert [r.configuration["finding"] for r in others] == ["two", "one", "two"]
 
 
+def test_every_finding_has_a_record_of_what_the_script_asks(mistakes):
+    directory = Path(measured.__file__).parent / "records"
+    for name, (_, own) in mistakes.FINDINGS.items():
+        asked = mistakes.SETTINGS | mistakes.MAIN | own | {"finding": name}
+        assert measured.is_recorded("recipe_mistakes", asked, 0, directory), name
+    made = measured.load("recipe_mistakes", directory)
+    assert {r.configuration["finding"] for r in made} == set(mistakes.FINDINGS)
+
+
 def test_too_few_rows_for_the_batches_are_refused(mistakes, asked):
     with pytest.raises(ValueError, match="3 batches of 4 rows, but only 8 rows"):
         mistakes.padding_token(asked | {"batches": 3}, 0)
