@@ -210,7 +210,7 @@ FINDINGS = {
     "state bytes": (state_bytes, {}),
     "resume": (resume, {"save": 12}),
     "checkpointing": (checkpointing, {"batches": 3, "rows": 2, "flop_tokens": 64}),
-    "precision": (precision, {"batches": 8, "rows": 2}),
+    "precision": (precision, {"batches": 6, "rows": 2}),
 }
 
 
