@@ -764,3 +764,205 @@ def test_the_recipe_works_at_toy_size_and_labels_what_its_arms_say(recipe):
     assert len(figures["losses"]) == 2
     assert 0 <= figures["stopped"] <= 1
     assert figures["test_loss"] > 0
+
+
+# The recipe's mistakes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mistakes(installed, tmp_path, monkeypatch):
+    """The script on a tiny model in NF4, and on eight rows of different lengths."""
+    from chat_templates import FORMS
+    from datasets import Dataset
+    from toy import ToyTask
+
+    module = script("recipe_mistakes", tmp_path / "records", monkeypatch)
+    rows = {"input": ["a" * (1 + 5 * k % 8) for k in range(8)], "target": ["yes", "no", "yes", "so"] * 2}
+    task = ToyTask(train=Dataset.from_dict(rows), test=Dataset.from_dict(rows))
+
+    def load_base_model(name, quantization):
+        model, tokenizer = models.load_base_model("tiny", quantization=quantization)
+        tokenizer.chat_template = FORMS["SmolLM2"].template
+        return model, tokenizer
+
+    for part in (module, importlib.import_module("recipe")):
+        monkeypatch.setattr(part, "load_base_model", load_base_model)
+        monkeypatch.setattr(part, "load_task", lambda name: task)
+    return module
+
+
+@pytest.fixture
+def asked(mistakes):
+    """What a finding is asked at toy size: two batches of four rows."""
+    toy = {"train_rows": 8, "test_rows": 2, "max_length": 128, "steps": 4, "batch_size": 4, "save": 2}
+    return mistakes.SETTINGS | mistakes.MAIN | toy | {"batches": 2, "rows": 4, "flop_tokens": 16}
+
+
+def test_a_finding_is_measured_once_and_a_cut_loses_none_before_it(mistakes, monkeypatch):
+    made = []
+
+    def finding(name):
+        def measure(asked, seed):
+            if name == "two" and "cut" not in made:
+                made.append("cut")
+                raise KeyboardInterrupt
+            made.append((name, seed, asked["rows"]))
+            return {"lost": [1]}
+
+        return measure
+
+    monkeypatch.setattr(mistakes, "FINDINGS", {n: (finding(n), {"rows": len(n)}) for n in ("one", "two")})
+    with pytest.raises(KeyboardInterrupt):
+        mistakes.main([])
+    for _ in range(2):
+        mistakes.main(["--seeds", "2"])
+    assert made == [("one", 0, 3), "cut", ("two", 0, 3), ("one", 1, 3), ("two", 1, 3)]
+    (first, *others) = measured.load("recipe_mistakes")
+    assert first.configuration == mistakes.SETTINGS | mistakes.MAIN | {"finding": "one", "rows": 3}
+    assert [r.configuration["finding"] for r in others] == ["two", "one", "two"]
+
+
+def test_every_finding_has_a_record_of_what_the_script_asks(mistakes):
+    directory = Path(measured.__file__).parent / "records"
+    for name, (_, own) in mistakes.FINDINGS.items():
+        asked = mistakes.SETTINGS | mistakes.MAIN | own | {"finding": name}
+        assert measured.is_recorded("recipe_mistakes", asked, 0, directory), name
+    made = measured.load("recipe_mistakes", directory)
+    assert {r.configuration["finding"] for r in made} == set(mistakes.FINDINGS)
+
+
+def test_too_few_rows_for_the_batches_are_refused(mistakes, asked):
+    with pytest.raises(ValueError, match="3 batches of 4 rows, but only 8 rows"):
+        mistakes.padding_token(asked | {"batches": 3}, 0)
+
+
+def test_masking_by_token_loses_the_ends_only_where_the_padding_is_the_end(mistakes, asked):
+    found = mistakes.padding_token(asked, 0)
+    assert found["padding"] == found["end"] == "<|im_end|>"
+    assert found["end_tokens"] == found["lost"] == [4, 4]
+    assert found["lost_with_own_padding"] == [0, 0]
+
+
+def test_a_batch_is_padded_on_the_side_that_was_asked_for_and_a_start_doubled(mistakes, asked):
+    _, tokenizer = mistakes.base_of(asked)
+    (short, long), _ = (
+        sorted(rows, key=lambda row: len(row["labels"]))[::3] for rows in mistakes.chunks(asked, tokenizer)
+    )
+    n = len(long["labels"]) - len(short["labels"])
+    for side, padding in (("left", slice(0, n)), ("right", slice(-n, None)), ("left", slice(0, n))):
+        batch = mistakes.padded(tokenizer, [short, long], side)
+        assert batch["attention_mask"].sum(1).tolist() == [len(short["labels"]), len(long["labels"])]
+        assert batch["attention_mask"][0, padding].tolist() == [0] * n
+        assert set(batch["labels"][0, padding].tolist()) == {mistakes.IGNORED}
+    doubled = mistakes.double_start(short)
+    assert {key: values[1:] for key, values in doubled.items()} == {key: short[key] for key in doubled}
+    assert tokenizer.decode(doubled["input_ids"]).startswith("<|im_start|><|im_start|>system")
+    assert (doubled["labels"][0], doubled["attention_mask"][0]) == (mistakes.IGNORED, 1)
+
+
+def test_the_side_changes_answers_of_shorter_rows_and_no_loss(mistakes, asked, monkeypatch):
+    found = mistakes.padding_side(asked, 0)
+    left, right = found["losses"].values()
+    assert left == pytest.approx(right, rel=1e-4)
+    assert found["relative_change"] == [b / a - 1 for a, b in zip(left, right, strict=True)]
+    assert 0 < max(found["answers_changed"]) <= 3  # the longest row of a batch has no padding
+    alone = mistakes.padding_side(asked | {"batches": 8, "rows": 1}, 0)
+    assert alone["relative_change"] == alone["answers_changed"] == [0] * 8
+
+
+def test_five_batches_count_the_tokens_that_their_names_say(mistakes, asked):
+    found = mistakes.five_batches(asked, 0)
+    _, tokenizer = mistakes.base_of(asked)
+    rows = mistakes.chunks(asked, tokenizer)
+    answers = [sum(x != mistakes.IGNORED for row in batch for x in row["labels"]) for batch in rows]
+    lengths = [[len(row["labels"]) for row in batch] for batch in rows]
+    # A first token has something before it, and counts, where that is padding.
+    everything = [sum(n - (n == max(batch)) for n in batch) for batch in lengths]
+    assert {name: figures["tokens"] for name, figures in found.items()} == {
+        "as it should be": answers,
+        "padding on the other side": answers,
+        "a second start token": answers,
+        "end masked with the padding": [n - 4 for n in answers],
+        "prompt and template trained": everything,
+    }
+    right, *others = (figures["losses"] for figures in found.values())
+    assert [other == pytest.approx(right, rel=1e-4) for other in others] == [True, False, False, False]
+
+
+def test_a_whole_checkpoint_repeats_its_steps_and_the_adapter_alone_warms_up_again(mistakes, asked):
+    found = mistakes.resume(asked, 0)
+    assert found["first"] == found["whole"]
+    assert len(found["first"]["losses"]) == asked["steps"] - asked["save"]
+    alone = found["adapter alone"]
+    assert alone["learning_rates"][0] == 0 < found["whole"]["learning_rates"][0]
+    assert alone["losses"][0] == pytest.approx(found["whole"]["losses"][0], rel=0.1)  # from the same adapters
+    assert alone["test_loss"] != found["whole"]["test_loss"]
+
+
+def test_states_of_eight_bits_are_told_from_those_of_32(mistakes, asked):
+    found = mistakes.state_bytes(asked | {"rank": 64}, 0)
+    recipes, torchs = found.values()
+    small = 2 * 32 * 64  # B of keys and values: fewer than 4,096 numbers each
+    assert (
+        recipes["trained_numbers"] == torchs["trained_numbers"] == torchs["numbers_in_32_bits"] > 10 * small
+    )
+    assert recipes["numbers_in_32_bits"] == small
+    coarse = recipes["trained_numbers"] - small
+    assert recipes["state_bytes"] == pytest.approx(8 * small + (2 + 8 / 256) * coarse, rel=0.05)
+    assert torchs["state_bytes"] == 8 * torchs["trained_numbers"] + 4 * 14  # and a count of steps a tensor
+    assert recipes["bytes_per_number"] == recipes["state_bytes"] / recipes["trained_numbers"]
+
+
+@pytest.fixture
+def in_formats(mistakes):
+    return importlib.import_module("recipe_precision")
+
+
+def test_checkpointing_is_compared_with_the_same_dropout(mistakes, asked, in_formats, monkeypatch):
+    from lora2qlora.memory import LlamaShape
+
+    shape = LlamaShape(512, 3, 8, 2048, 4096)
+    monkeypatch.setattr(in_formats, "COUNTED", {"small": shape})
+    found = mistakes.checkpointing(asked | {"dropout": 0.5}, 0)
+    assert found["gradients_equal"] == [True, True]
+    peaks = found["peak_bytes"]
+    assert all(less < more for less, more in zip(peaks["checkpointed"], peaks["plain"], strict=True))
+    flops = found["flops"]["small"]
+    assert flops["layers"] + flops["head"] == shape.parameters - flops["head"] - 7 * 512
+    # Forward and backward; the first queries, keys and values pass a gradient on only where the input of
+    # the first layer is made to need one, as checkpointing does. The adapters are the per cent allowed.
+    plain = 2 * (flops["layers"] + flops["head"]) - 3 * 512 * 512
+    growth = (3 * flops["layers"] + 2 * flops["head"]) / plain
+    assert flops["checkpointed"] / flops["plain"] == pytest.approx(growth, rel=0.01)
+
+
+def test_a_step_that_keeps_less_is_seen_to_hold_less(in_formats):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
+    base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, use_cache=False, **sizes))
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", lora_dropout=0.5)).train()
+    ids = torch.arange(40).view(2, 20)
+    batches = [{"input_ids": ids, "labels": ids}]
+    (plain,), (plain_bytes,) = in_formats.step_by_step(model, batches)
+    model.activation_checkpointing_enable()
+    (checkpointed,), (checkpointed_bytes,) = in_formats.step_by_step(model, batches)
+    assert torch.equal(plain, checkpointed)
+    assert plain.count_nonzero() > 0
+    assert 0 < checkpointed_bytes < 0.6 * plain_bytes
+
+
+def test_errors_of_formats_fall_with_the_bits_and_an_overflow_has_none(
+    mistakes, asked, in_formats, monkeypatch
+):
+    curves = {"bf16": (torch.bfloat16, (0, 16)), "fp16": (torch.float16, (0, 60))}
+    monkeypatch.setattr(in_formats, "CURVES", {**curves, "fp32": (torch.float32, (0,))})
+    found = mistakes.precision(asked, 0)
+    assert len(found["norms"]) == 2
+    assert max(found["errors"]["fp32"]["0"]) < 1e-6  # nothing but the order of a sum differs
+    assert found["errors"]["bf16"]["0"] == pytest.approx(found["errors"]["bf16"]["16"])  # only the exponent
+    assert found["errors"]["fp16"]["60"] == [None, None]
+    for fine, coarse in zip(found["errors"]["fp16"]["0"], found["errors"]["bf16"]["0"], strict=True):
+        assert 0 < fine < 0.5 * coarse < 0.1
+    json.dumps(found, allow_nan=False)

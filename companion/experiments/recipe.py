@@ -77,8 +77,13 @@ def encode_rows(tokenizer, settings: dict, rows, labels: str = "answer") -> tupl
 
 
 @torch.no_grad()
-def answers(model, tokenizer, rows: list[dict], new_tokens: int = 8) -> list[tuple[str, bool]]:
-    """Greedy answers to the rows' prompts: the text before the end token, and whether that came."""
+def answers(
+    model, tokenizer, rows: list[dict], new_tokens: int = 8, side: str = "left"
+) -> list[tuple[str, bool]]:
+    """Greedy answers to the rows' prompts: the text before the end token, and whether that came.
+
+    `side` is where the prompts are padded; on the right, a model goes on after the padding.
+    """
     found = []
     for start in range(0, len(rows), 16):
         prompts = [
@@ -89,7 +94,7 @@ def answers(model, tokenizer, rows: list[dict], new_tokens: int = 8) -> list[tup
             }
             for r in rows[start : start + 16]
         ]
-        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+        inputs = tokenizer.pad(prompts, padding_side=side, return_tensors="pt").to(model.device)
         new = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         for tokens in new[:, inputs["input_ids"].shape[1] :].tolist():
             stopped = tokenizer.eos_token_id in tokens
@@ -110,8 +115,14 @@ def held_out_loss(model, tokenizer, rows: list[dict]) -> float:
     return total / count
 
 
-def fine_tune(settings: dict, arm: dict, seed: int, directory: str):
-    """The recipe: model, adapters, Trainer; returns (model in eval mode, tokenizer, loss of each step)."""
+def training_rows(settings: dict, tokenizer, labels: str = "answer") -> list[dict]:
+    """The rows that the recipe trains on, encoded, in the order of the task."""
+    rows = load_task(settings["task"]).train.select(range(settings["train_rows"]))
+    return encode_rows(tokenizer, settings, rows, labels)[0]
+
+
+def make_trainer(settings: dict, arm: dict, seed: int, directory: str, **changes):
+    """The recipe before its first step: (Trainer, tokenizer). `changes` go into its TrainingArguments."""
     model, tokenizer = load_base_model(settings["model"], quantization=arm["quantization"])
     torch.manual_seed(seed)
     lora = LoraConfig(
@@ -122,30 +133,40 @@ def fine_tune(settings: dict, arm: dict, seed: int, directory: str):
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    rows = load_task(settings["task"]).train.select(range(settings["train_rows"]))
-    encoded, _ = encode_rows(tokenizer, settings, rows, arm["labels"])
-    arguments = TrainingArguments(
-        output_dir=directory,
-        max_steps=settings["steps"],
-        per_device_train_batch_size=settings["batch_size"],
-        learning_rate=arm["learning_rate"],
-        warmup_steps=settings["warmup"],
-        optim=arm["optim"],
-        seed=seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    encoded = training_rows(settings, tokenizer, arm["labels"])
+    options = {
+        "max_steps": settings["steps"],
+        "per_device_train_batch_size": settings["batch_size"],
+        "learning_rate": arm["learning_rate"],
+        "warmup_steps": settings["warmup"],
+        "optim": arm["optim"],
+        "seed": seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    arguments = TrainingArguments(output_dir=directory, **(options | changes))
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     trainer = Trainer(model, arguments, data_collator=collator, train_dataset=Dataset.from_list(encoded))
     trainer.remove_callback(PrinterCallback)
+    return trainer, tokenizer
+
+
+def train(trainer, checkpoint: str | None = None) -> list[float]:
+    """Train to the end, from a checkpoint's directory if one is given; the loss of each step."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return model.eval(), tokenizer, losses
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def fine_tune(settings: dict, arm: dict, seed: int, directory: str):
+    """The whole recipe: (model in eval mode, tokenizer, loss of each step)."""
+    trainer, tokenizer = make_trainer(settings, arm, seed, directory)
+    losses = train(trainer)
+    return trainer.model.eval(), tokenizer, losses
 
 
 def run(settings: dict, arm: dict, seed: int) -> dict:
