@@ -143,3 +143,73 @@ def test_at_published_sizes_the_ledger_is_within_a_percent(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_two_of_its_layers_are_too(name):
     assert worst(name, FULL_SHAPE[1:2], num_hidden_layers=2) < 1
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor': 0.75.* simulate_step does"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop': 0.1"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout': 0.1"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act': 'relu'"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping': 30.0"),
+        ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1, 1]}, r"come evenly, got \[1, 0, 0, 1, 1, 1\]"),
+        ("mixtral", {}, "is of type 'mixtral', the ledger knows .* simulate_step takes any"),
+        ("cohere", {}, "is of type 'cohere'"),
+    ],
+)
+def test_what_no_shape_describes_is_refused_by_name(family, changes, words):
+    with pytest.raises(ValueError, match=words):
+        shape_of(small(family, **changes))
+
+
+def test_a_window_is_refused_from_its_length_on():
+    shape = SHAPES["Gemma-3-4B"]
+    assert training_memory(shape, QLoRA(), length=1023).total > 0
+    with pytest.raises(
+        ValueError, match=r"window of 1024 tokens .* got length 1024: simulate_step counts it"
+    ):
+        training_memory(shape, QLoRA(), length=1024)
+
+
+def test_files_that_are_no_config_are_named(tmp_path):
+    for text, words in (
+        ("{", "is not the config.json"),
+        ("[1]", "holds a list"),
+        ("{}", "model_type is None"),
+    ):
+        path = tmp_path / "config.json"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=words):
+            shape_of(path)
+    with pytest.raises(FileNotFoundError):
+        shape_of(tmp_path / "none.json")
+
+
+def test_fused_layers_are_targets_by_their_names():
+    phi, llama = SHAPES["Phi-3-mini"], SHAPES["LLaMA-7B"]
+    assert (
+        training_memory(phi, LoRA()).adapters
+        == training_memory(phi, LoRA(targets=tuple(phi.linears))).adapters
+    )
+    assert training_memory(phi, LoRA(targets=("qkv_proj",))).adapters == 4 * 32 * 16 * (3072 + 9216)
+    for shape, targets in ((phi, ("q_proj",)), (llama, ("qkv_proj",))):
+        with pytest.raises(ValueError, match=rf"no \['{targets[0]}'\]; targets are some of"):
+            training_memory(shape, LoRA(targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"form": "bert"}, "form must be one of .* got 'bert'"),
+        ({"biases": ("qkv_proj",)}, "biases are of some of"),
+        ({"window": 0}, "window must be .* got 0"),
+        ({"unturned": 0}, "unturned must be .* got 0"),
+    ],
+)
+def test_shapes_that_are_none_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SHAPES["LLaMA-7B"], **changes)

@@ -26,11 +26,7 @@ class StaticReport:
     dense: dict[str, int]
 
 
-def static_of(
-    source: Source,
-    method: Full | LoRA | QLoRA = QLoRA(),
-    optimizer: Optimizer = ADAMW,  # noqa: B008 (frozen)
-) -> StaticReport:
+def static_of(source: Source, method: Full | LoRA | QLoRA, optimizer: Optimizer = ADAMW) -> StaticReport:
     """[bytes] held between two steps by any causal model, mixtures of experts too, without its numbers.
 
     `source` and the errors are those of `simulate_step`, which counts a step; the ledger of `training_memory`
