@@ -122,8 +122,7 @@ FULL_SHAPE = [
 def worst(name, settings, **changes):
     """The largest error of the ledger's peaks, of those against simulated steps, in percent."""
     published = {key: value for key, value in PUBLISHED[name].items() if key != "parameters"}
-    text = published.get("text_config", published)
-    text |= changes
+    text = published.get("text_config", published) | changes
     config, errors = CONFIG_MAPPING[text["model_type"]].from_dict(text), []
     for setting in settings:
         predicted = training_memory(shape_of(config), *setting).total

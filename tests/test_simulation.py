@@ -104,7 +104,7 @@ def test_so_is_one_of_a_mixture_of_experts(family, setting):
 
 
 @pytest.mark.filterwarnings("ignore:.* stay at full size")
-@pytest.mark.parametrize("family", [*EXPERTS, "llama", "phi3"])
+@pytest.mark.parametrize("family", [*EXPERTS, "llama", "phi3", "smollm3"])  # the last is tied
 @pytest.mark.parametrize("method", [QLoRA(4), LoRA(4), Full()], ids=lambda method: type(method).__name__)
 def test_what_is_held_between_two_steps(family, method):
     config = config_of(family)
