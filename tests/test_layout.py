@@ -36,7 +36,7 @@ FOLDERS = {
     "qlora": ("state", "checks", "layer", "model"),
     "memory": (
         "config", "families", "shape", "presets", "base", "methods", "ledger", "tape", "linears", "norms",
-        "attention", "block", "step", "prediction", "tracker", "simulation",
+        "attention", "block", "step", "prediction", "tracker", "simulation", "static",
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),

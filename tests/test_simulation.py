@@ -19,9 +19,13 @@ from lora2qlora.memory import (
     LoRA,
     QLoRA,
     forecast,
+    shape_of,
     simulate_step,
     static_memory,
+    static_of,
+    storage_bytes,
     track_step,
+    training_memory,
 )
 from lora2qlora.optimizers import AdamW8bit
 from lora2qlora.qlora import quantize_base
@@ -97,6 +101,35 @@ def test_so_is_one_of_a_mixture_of_experts(family, setting):
     assert parts(simulate_step(config, *setting)) == parts(measured(config, *setting))
     with pytest.raises(ValueError, match=r"mixture of experts.* in torch.bfloat16, got torch.float32"):
         simulate_step(config, LoRA(dtype=FP32))
+
+
+@pytest.mark.filterwarnings("ignore:.* stay at full size")
+@pytest.mark.parametrize("family", [*EXPERTS, "llama", "phi3", "smollm3"])  # the last is tied
+@pytest.mark.parametrize("method", [QLoRA(4), LoRA(4), Full()], ids=lambda method: type(method).__name__)
+def test_what_is_held_between_two_steps(family, method):
+    config = config_of(family)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=method.dtype)
+    stacks = {name: p.nbytes for name, p in model.named_parameters() if p.ndim > 2}
+    if isinstance(method, QLoRA):
+        quantize_base(model, "all-linear")
+    if isinstance(method, LoRA):
+        add_lora(model, "all-linear", method.rank, alpha=8)
+    optimizer = ADAM([p for p in model.parameters() if p.requires_grad])
+    model(input_ids=torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+    optimizer.step()
+    report = static_of(config, method)
+    assert report.ledger.total == storage_bytes(model, optimizer)
+    assert sum(report.dense.values()) == sum(stacks.values())
+    assert bool(stacks) == (family in EXPERTS)
+    assert all(".experts." in name and ".*." in name for name in report.dense)
+    after = {name: p.nbytes for name, p in model.named_parameters() if p.ndim > 2}
+    assert after == stacks  # neither quantized nor adapted
+    if family == "llama":
+        assert report.ledger == static_memory(shape_of(config), method)
+    if family in EXPERTS:
+        with pytest.raises(ValueError, match=f"is of type '{family}'.* simulate_step takes any"):
+            training_memory(AutoModelForCausalLM.from_config(config), method)
 
 
 @pytest.mark.parametrize(

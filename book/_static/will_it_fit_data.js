@@ -110,6 +110,56 @@ var WILL_IT_FIT_DATA = {
    "kv_heads": 96,
    "tied": false,
    "head_dim": 128
+  },
+  "SmolLM2-360M": {
+   "hidden": 960,
+   "layers": 32,
+   "heads": 15,
+   "intermediate": 2560,
+   "vocabulary": 49152,
+   "kv_heads": 5,
+   "tied": true,
+   "head_dim": 64
+  },
+  "SmolLM2-1.7B": {
+   "hidden": 2048,
+   "layers": 24,
+   "heads": 32,
+   "intermediate": 8192,
+   "vocabulary": 49152,
+   "kv_heads": 32,
+   "tied": true,
+   "head_dim": 64
+  },
+  "Llama-3.2-3B": {
+   "hidden": 3072,
+   "layers": 28,
+   "heads": 24,
+   "intermediate": 8192,
+   "vocabulary": 128256,
+   "kv_heads": 8,
+   "tied": true,
+   "head_dim": 128
+  },
+  "Llama-3.3-70B": {
+   "hidden": 8192,
+   "layers": 80,
+   "heads": 64,
+   "intermediate": 28672,
+   "vocabulary": 128256,
+   "kv_heads": 8,
+   "tied": false,
+   "head_dim": 128
+  },
+  "Mistral-7B-v0.3": {
+   "hidden": 4096,
+   "layers": 32,
+   "heads": 32,
+   "intermediate": 14336,
+   "vocabulary": 32768,
+   "kv_heads": 8,
+   "tied": false,
+   "head_dim": 128
   }
  },
  "methods": {

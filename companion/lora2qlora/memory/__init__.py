@@ -28,6 +28,7 @@ from lora2qlora.memory.prediction import PHASES, StepForecast, forecast, trainin
 from lora2qlora.memory.presets import SHAPES
 from lora2qlora.memory.shape import LlamaShape
 from lora2qlora.memory.simulation import simulate_step
+from lora2qlora.memory.static import StaticReport, static_of
 from lora2qlora.memory.tracker import PeakReport, storage_bytes, track_peak, track_step
 
 __all__ = [  # noqa: RUF022 (in the order in which one meets them)
@@ -37,5 +38,5 @@ __all__ = [  # noqa: RUF022 (in the order in which one meets them)
     "MemoryLedger", "COMPONENTS", "static_memory",
     "PHASES", "StepForecast", "training_memory", "forecast",
     "storage_bytes", "PeakReport", "track_peak", "track_step",
-    "simulate_step",
+    "simulate_step", "StaticReport", "static_of",
 ]  # fmt: skip

@@ -27,6 +27,9 @@ class Attention:
         log_sums = tape.new(4 * self.tokens * self.shape.heads)
         saved += [tape.save(mixed), tape.save(log_sums)] if needs else []
         tape.drop(log_sums)
+        if traits.fused:  # joined parts lie head by head in memory, and so does what comes of them
+            by_head, mixed = mixed, tape.new(q.size, needs=needs)
+            tape.drop(by_head)
         y, pull_o = self.linear("o_proj", mixed)
         tape.drop(mixed, held or v, *turned)
 

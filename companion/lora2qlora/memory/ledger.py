@@ -36,7 +36,7 @@ def static_memory(
     outside = shape.parameters - shape.layers * sum(linears)
     weights = outside * method.dtype.itemsize
     weights += shape.angle_kinds * 2 * 4 * (shape.head_dim // 2)  # rotary frequencies, twice
-    weights += 4 * (shape.traits.scaled == "embedding")  # by which number
+    weights += method.dtype.itemsize * (shape.traits.scaled == "embedding")  # by which number
     if isinstance(method, QLoRA):
         weights += shape.layers * sum(-(-size // 2) for size in linears)
         constants = shape.layers * sum(nf4_constants(size, method) for size in linears)

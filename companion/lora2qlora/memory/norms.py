@@ -21,6 +21,8 @@ class Norms:
         mean = tape.new(short)
         tape.drop(square)
         shifted = tape.new(short)
+        if self.kind == "shifted":  # its mean has no name, and goes at once
+            tape.drop(mean)
         root = tape.new(short)
         saved += [tape.save(root)] if x.needs else []
         tape.drop(shifted)
@@ -29,7 +31,8 @@ class Norms:
         tape.drop(root, cast_x)
         weigh = self.cast_first if self.kind == "cast" else self.cast_last
         y, pull_weight = weigh(x, product, dim)
-        tape.drop(mean)
+        if self.kind != "shifted":
+            tape.drop(mean)
 
         def pullback(gradient):
             gradient = pull_weight(gradient)

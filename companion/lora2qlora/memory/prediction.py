@@ -66,9 +66,7 @@ def forecast(
 ) -> StepForecast:
     """The whole step that `training_memory` takes the peak of; arguments and errors as there. Chapter 11."""
     if isinstance(model_or_shape, str):
-        raise TypeError(
-            "need a LlamaShape or a Llama-like model of it, got str: shape_of reads a config.json"
-        )
+        raise TypeError("need a LlamaShape or a Llama-like model of it, got str: try shape_of")
     shape = model_or_shape if isinstance(model_or_shape, LlamaShape) else shape_of(model_or_shape)
     if not isinstance(method, Full | LoRA):
         raise TypeError(f"method is a Full, LoRA or QLoRA, got {method!r}")

@@ -27,22 +27,14 @@ class Step:
 
     def forward_and_backward(self) -> None:
         """Embedding, blocks, norm, head, loss, and back."""
-        tape, shape, n = self.tape, self.shape, self.tokens
-        tape.new(8 * n)  # the token ids
-        # With checkpointing transformers wants a gradient of the embedding's output, frozen or not.
-        embedded = x = tape.new(n * shape.hidden * self.width, needs=self.full or self.checkpointing)
-        if shape.traits.scaled:
-            embedded, pull_scaled = self.block.scale(x)
-            tape.drop(x)
-            x = embedded
+        tape, shape, pulls = self.tape, self.shape, []
+        tape.new(8 * self.tokens)  # the token ids
+        x, pull_embedding = self.embedding()
         positions = tape.new(8 * self.length)
         width = 4 if shape.traits.wide_angles else self.width
-        angles = [
-            tape.new(self.length * shape.head_dim * width, "activations")
-            for _ in range(2 * shape.angle_kinds)
-        ]
-        tape.hold(embedded)
-        pulls = []
+        sizes = 2 * shape.angle_kinds * [self.length * shape.head_dim * width]
+        angles = [tape.new(size, "activations") for size in sizes]
+        embedded = tape.hold(x)
         for layer in range(1, shape.layers + 1):
             turns = not shape.unturned or layer % shape.unturned > 0
             y, pull = self.checkpointed(x, turns) if self.checkpointing else self.block(x, turns)
@@ -55,20 +47,42 @@ class Step:
             tape.drop(positions)
         gradient, of_head, losses = self.loss(y)
         gradient = pull_norm(gradient)
-        for pull in reversed(pulls):
-            gradient = pull(gradient)
-        tape.drop(*angles)
+        for layer in range(shape.layers, 0, -1):
+            gradient = pulls[layer - 1](gradient)
+            if layer == shape.traits.far:  # the first that needs them is the last of these
+                tape.drop(*angles[2:])
+        tape.drop(*angles[:2])
         if self.checkpointing:
             tape.drop(positions)
-        if shape.traits.scaled and gradient:
-            gradient = pull_scaled(gradient)
-        if self.full:
-            tape.new(shape.vocabulary * shape.hidden * self.width, "gradients")
-            if shape.tied:  # the embedding's gradient, and the head's is added to it
-                tape.drop(of_head)
-        if gradient:
-            tape.drop(gradient)
+        pull_embedding(gradient, of_head)
         tape.drop(*losses)
+
+    def embedding(self):
+        """The first hidden states, in some families times a number."""
+        tape, shape = self.tape, self.shape
+        # With checkpointing transformers wants a gradient of the embedding's output, frozen or not.
+        needs = self.full or self.checkpointing
+        x, pull_scaled, leaf = tape.new(self.tokens * shape.hidden * self.width, needs=needs), None, None
+        if shape.traits.scaled:
+            leaf, (x, pull_scaled) = x, self.block.scale(x)
+            # Only Granite's embedding ends before the number, and then waits for its gradient.
+            if self.full or not needs or shape.traits.scaled != "all":
+                tape.drop(leaf)
+                leaf = None
+
+        def pullback(gradient, of_head):
+            if pull_scaled and gradient:
+                gradient = pull_scaled(gradient)
+            if leaf:
+                tape.drop(leaf)
+            if self.full:
+                tape.new(shape.vocabulary * shape.hidden * self.width, "gradients")
+                if shape.tied:  # the embedding's gradient, and the head's is added to it
+                    tape.drop(of_head)
+            if gradient:
+                tape.drop(gradient)
+
+        return x, pullback
 
     def checkpointed(self, x: Size, turns: bool):
         """A block that keeps its input alone, and is computed again when its backward pass begins."""
