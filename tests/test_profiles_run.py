@@ -26,16 +26,16 @@ SWITCHES = {
     ),
     RECIPE: (
         (
-            "DTYPE = (torch.float32, torch.float16, torch.bfloat16)[NUMBER]",
-            "DTYPE = torch.float32",
+            "torch.float16, torch.bfloat16)[NUMBER]",
+            "torch.float32, torch.float32)[NUMBER]",
             "in float16 a CPU takes ten seconds and more for a step",
         ),
-        ("LENGTH = (64, 512, 1024)[NUMBER]", "LENGTH = 128", "time"),
-        ("STEPS, EVERY = ((24, 8), (60, 20), (60, 20))[NUMBER]", "STEPS, EVERY = 12, 4", "time"),
+        ("512, 1024)[NUMBER]", "128, 128)[NUMBER]", "time"),
+        ("(60, 20), (60, 20))[NUMBER]", "(12, 4), (12, 4))[NUMBER]", "time"),
         (
             'assert verdict_rise == "HOLDS"',
             'assert verdict_rise in ("HOLDS", "FAILS", "UNDECIDED")',
-            "the model was trained on the other text, so that chats take it away from there",
+            "the model was trained on the other text, so that chats may take it away from there",
         ),
     ),
 }
@@ -70,6 +70,37 @@ def run(hub, tmp_path, monkeypatch):
         return nbformat.reads(execute(path, timeout=600), as_version=4)
 
     return run
+
+
+PLANTED = """\
+from lora2qlora.lab.profiles import choose_profile
+
+batch_size = {"t4": 0}.get(choose_profile(), 4)
+if choose_profile() == "large":
+    print(batch_sise)
+print(list(range(0, 8, batch_size)))"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("profile", "error"),
+    [("cpu", ""), ("t4", "cell 2 failed: ValueError"), ("large", "cell 2 failed: NameError")],
+)
+def test_a_defect_of_one_profile_is_found(profile, error, run):
+    cells = [nbformat.v4.new_markdown_cell("# Page"), nbformat.v4.new_code_cell(PLANTED)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    if not error:
+        assert run(notebook, profile).cells[1].outputs[0]["text"] == "[0, 4]\n"
+        return
+    with pytest.raises(RuntimeError, match=error):
+        run(notebook, profile)
+
+
+@pytest.mark.parametrize("source", ["steps = 60", "steps = 24  # or steps = 24", ""])
+def test_a_switch_that_no_longer_fits_is_found(source):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    with pytest.raises(ValueError, match="mend SWITCHES"):
+        switched(notebook, [("steps = 24", "steps = 2", "time")])
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ architecture, the special tokens, the template and the generation settings of th
 weights are those of the book's own small language model, for a page asserts that its model knows English.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
