@@ -187,5 +187,5 @@ def test_rows_that_cannot_train_are_refused_with_their_number_and_reason(form):
     assert "its content holds" in reason
     with pytest.raises(ValueError, match=r"no chat of 1 can be trained on: row 0: turn 1 \(assistant\)"):
         encode_chats(tokenizer, [hostile])
-    with pytest.raises(ValueError, match="no chat of 0 .* there are none"):
+    with pytest.raises(ValueError, match=r"no chat of 0 .* there are none"):
         encode_chats(tokenizer, [])

@@ -1,7 +1,7 @@
-"""Chapter 13, repeated: the recipe over seeds, for LoRA and QLoRA, and with one thing changed at a time.
+"""A recipe like chapter 13's over seeds, for LoRA and QLoRA, and with one thing changed at a time.
 
-One run is the chapter's own, with the "cpu" profile's settings: transformers' Trainer, PEFT, bitsandbytes,
-a chat template, loss on the answer. The arms change the base (32 bits or NF4), the learning rate, the
+One run is transformers' Trainer, PEFT and bitsandbytes on a task of chapter 00 in a chat template, with the
+loss on the answer. The arms change the base (32 bits or NF4), the learning rate, the
 labels, or the optimizer. Appends to records/recipe.jsonl and resumes where it was cut.
 
     python companion/experiments/recipe.py --seeds 3
@@ -23,7 +23,7 @@ from lora2qlora.lab.training import IGNORED, answer_loss, collate
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
-# What the chapter's "cpu" profile does; the chapter asserts that these are its settings.
+# Short enough for a CPU; chapter 13 shows what these runs found.
 SETTINGS = {
     "model": "smollm2-135m",
     "task": "wordnet",

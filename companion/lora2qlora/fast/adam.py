@@ -36,9 +36,9 @@ def adam_step_8bit(
     multiplication and addition on some processors, and so may a code beside a midpoint. Chapter 14.
     """
     tensors = (x, grad, m.indices, m.absmax, v.indices, v.absmax, *codebooks)
-    taken = all(has_memory(t) and t.is_cpu and t.is_contiguous() for t in tensors)
+    taken = all([has_memory(t) and t.is_cpu and t.is_contiguous() for t in tensors])  # no generator: inputs
     taken = taken and x.dtype == grad.dtype == torch.float32 and len(x) > 0
-    taken = taken and all(len(codebook) == 256 for codebook in codebooks)  # no code is beyond them
+    taken = taken and all([len(codebook) == 256 for codebook in codebooks])  # no code is beyond them
     if not taken:
         return optimizers.adam_step_8bit(x, grad, m, v, step, group, codebooks)
     options = [float(o) for o in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])]

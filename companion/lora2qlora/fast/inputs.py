@@ -50,8 +50,9 @@ def fits(q: NF4Weight, constants: tuple, dtype: torch.dtype, out: Tensor | None)
         need = [need[0], (values, torch.float32, groups), (codes, torch.uint8, blocks)]
         need.append((offset, torch.float32, 1))
     tensors = [t for t, _, _ in need] + ([] if out is None else [out])
-    right = all(has_memory(t) and t.is_contiguous() and t.device == q.packed.device for t in tensors)
-    right = right and all(t.dtype == kind and t.numel() >= size for t, kind, size in need)
+    # Lists, not generators: the tracer of torch 2.14.1 stumbles over a generator when a graph ends.
+    right = all([has_memory(t) and t.is_contiguous() and t.device == q.packed.device for t in tensors])
+    right = right and all([t.dtype == kind and t.numel() >= size for t, kind, size in need])
     if out is not None:
         right = right and out.shape == q.shape and out.dtype == dtype and not out.requires_grad
     kinds = (torch.float32, torch.bfloat16) if q.packed.is_cpu else FLOATS

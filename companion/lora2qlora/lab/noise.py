@@ -1,4 +1,4 @@
-"""The book's one rule of noise: an effect counts when it exceeds two standard errors of paired differences."""
+"""The rule of noise: an effect counts when it exceeds two standard errors of the paired differences."""
 
 from __future__ import annotations
 
