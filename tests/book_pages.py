@@ -22,13 +22,17 @@ FOREIGN = re.compile(
 
 
 def book_pages(root: Path) -> list[Path]:
-    """The pages below book/: .md and .ipynb, but for names that start with `_` or `.`."""
+    """The pages below book/: .md and .ipynb, but for names that start with `_` or `.`.
+
+    Nor what a chapter writes when it runs: it goes to book/runs/, which git ignores.
+    """
     book = root / "book"
     return [
         path
         for path in sorted(book.rglob("*"))
         if path.suffix in {".md", ".ipynb"}
         and not any(part.startswith(("_", ".")) for part in path.relative_to(book).parts)
+        and path.relative_to(book).parts[0] != "runs"
     ]
 
 

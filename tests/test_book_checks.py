@@ -524,6 +524,14 @@ def test_rows_of_one_s_own_may_be_loaded_as_datasets_does(good):
     assert not chapter_problems(Chapter(path, json.loads(json.dumps(notebook))))
 
 
+def test_what_a_chapter_writes_when_it_runs_is_no_page(good):
+    before = book_pages.book_pages(good)
+    for folder in ("runs/mine/adapter", "more"):
+        (good / "book" / folder).mkdir(parents=True)
+        (good / "book" / folder / "README.md").write_text("# Model card\n")
+    assert [p for p in book_pages.book_pages(good) if p not in before] == [good / "book/more/README.md"]
+
+
 # --- one defect each, in a repository ------------------------------------------------------------
 
 
