@@ -138,7 +138,7 @@ var WillItFit = (function () {
 
   function Tape(held) {
     this.held = held; this.total = 0; this.peaks = []; this.block = null; this.again = null;
-    this.fullest = null; this.most = 0;
+    this.fullest = null; this.most = 0; this.accumulates = false; this.late = null;
     for (var i = 0; i < COMPONENTS.length; i += 1) { this.total += held[COMPONENTS[i]]; }
     this.mark();
   }
@@ -230,6 +230,19 @@ var WillItFit = (function () {
     if (!keep) { this.drop(tensor); }
     return other;
   };
+  /* The gradient of a weight. Where gradients of sequences before are there, it is added to them and goes:
+     for certain once the next one comes. */
+  Tape.prototype.gradient = function (size, keep) {
+    if (!this.accumulates) { return this.make(size, "gradients"); }
+    var made = this.make(size), before = this.late;
+    this.late = keep ? null : made;
+    if (before) { this.drop(before); }
+    return made;
+  };
+  Tape.prototype.settle = function () {
+    if (this.late) { this.drop(this.late); }
+    this.late = null;
+  };
   Tape.prototype.several = function (count, size) {
     var made = [];
     while (made.length < count) { made.push(this.make(size)); }
@@ -305,7 +318,7 @@ var WillItFit = (function () {
   };
 
   /* The gradient of so many weights of the base. */
-  Step.prototype.gradient = function (count) { return this.tape.make(count * this.width, "gradients"); };
+  Step.prototype.gradient = function (count, keep) { return this.tape.gradient(count * this.width, keep); };
 
   /* LM head and cross-entropy in float32, forward and backward. */
   Step.prototype.loss = function (x) {
@@ -325,7 +338,7 @@ var WillItFit = (function () {
     var ofLogits = tape.make(exact, "logits");
     tape.drop(ofLoss, logSoftmax);
     ofLogits = this.scaledLogits(tape.cast(ofLogits, wide, "logits"));
-    if (this.full) { weight = this.gradient(shape.vocabulary * shape.hidden); }
+    if (this.full) { weight = this.gradient(shape.vocabulary * shape.hidden, shape.tied); }
     var gradient = tape.make(n * shape.hidden * this.width);
     tape.drop(ofLogits);
     tape.release(saved);
@@ -694,7 +707,7 @@ var WillItFit = (function () {
     var y = tape.make(n * out * width, "", x.needs || full);
     return [y, function (gradient, ofX) {
       tape.load(saved);
-      if (full) { self.gradient(out * in_); self.gradient(biased ? out : 0); }
+      if (full) { self.gradient(out * in_); if (biased) { self.gradient(out); } }
       if (x.needs) { ofX = tape.add(ofX, tape.make(n * in_ * width)); }
       tape.drop(gradient);
       tape.release(saved);
@@ -751,13 +764,13 @@ var WillItFit = (function () {
       var ofY = x.needs ? tape.cast(gradient, n * out * width, "", true) : null, ofCastX = null;
       gradient = tape.cast(gradient, n * out * own);
       tape.load([savedLow, savedX]);
-      tape.make(out * rank * own, "gradients");
+      tape.gradient(out * rank * own);
       var ofLow = tape.make(n * rank * own);
       tape.drop(gradient);
       tape.release([savedLow]);
       var ofUnscaled = tape.make(n * rank * own);
       tape.drop(ofLow);
-      tape.make(rank * in_ * own, "gradients");
+      tape.gradient(rank * in_ * own);
       if (x.needs) { ofCastX = tape.make(n * in_ * own); }
       tape.drop(ofUnscaled);
       tape.release([savedX]);
@@ -782,15 +795,21 @@ var WillItFit = (function () {
     });
   }
 
-  /* The fullest moment of each phase: an object of component and bytes for each. */
-  function forecast(shape, method, batch, length, checkpointing, optimizer) {
+  /* The fullest moment of each phase: an object of component and bytes for each. With `accumulates` the step
+     is the last of several passes, and finds the gradients of those before it. */
+  function forecast(shape, method, batch, length, checkpointing, optimizer, accumulates) {
     if (shape.window && shape.window <= length) {
       throw new Error("Attention in this model slides a window of " + shape.window + " tokens, which takes a " +
         "mask from that length on. The page does not count the mask: simulate_step of the package does.");
     }
-    var tape = new Tape(staticMemory(shape, method, optimizer));
+    var sizes = trained(shape, method).map(function (tensor) { return tensor[1]; });
+    var held = staticMemory(shape, method, optimizer), tape;
+    if (accumulates) { held.gradients = sum(sizes); }
+    tape = new Tape(held);
+    tape.accumulates = Boolean(accumulates);
     new Step(tape, shape, method, batch, length, checkpointing).run();
-    update(tape, trained(shape, method).map(function (tensor) { return tensor[1]; }), optimizer);
+    tape.settle();
+    update(tape, sizes, optimizer);
     tape.peaks.push(tape.fullest);
     return tape.peaks.map(function (peak) {
       var ledger = { total: sum(peak) };

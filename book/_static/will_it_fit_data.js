@@ -19,6 +19,19 @@ var WILL_IT_FIT_DATA = {
   "up_proj",
   "down_proj"
  ],
+ "families": {
+  "llama": "llama",
+  "mistral": "llama",
+  "ministral": "llama",
+  "cwm": "llama",
+  "qwen2": "llama",
+  "smollm3": "llama",
+  "qwen3": "qwen3",
+  "phi3": "phi3",
+  "olmo2": "olmo2",
+  "gemma3_text": "gemma3",
+  "granite": "granite"
+ },
  "forms": {
   "llama": {
    "norms": "before",
