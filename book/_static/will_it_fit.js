@@ -137,7 +137,7 @@ var WillItFit = (function () {
   var EARLY_STOP = {};
 
   function Tape(held) {
-    this.held = held; this.total = 0; this.peaks = []; this.block = null; this.again = null;
+    this.held = held; this.total = 0; this.peaks = []; this.curve = []; this.block = null; this.again = null;
     this.fullest = null; this.most = 0; this.accumulates = false; this.late = null;
     for (var i = 0; i < COMPONENTS.length; i += 1) { this.total += held[COMPONENTS[i]]; }
     this.mark();
@@ -148,6 +148,7 @@ var WillItFit = (function () {
     this.fullest = COMPONENTS.map(function (name) { return held[name]; });
   };
   Tape.prototype.mark = function () {
+    this.curve.push(this.total);
     if (this.fullest) { this.peaks.push(this.fullest); }
     this.snapshot();
   };
@@ -155,6 +156,7 @@ var WillItFit = (function () {
     kind = kind || "transient";
     this.held[kind] += size;
     this.total += size;
+    this.curve.push(this.total);
     if (this.total > this.most) { this.snapshot(); }
     var tensor = { size: size, kind: kind, needs: !!needs, holders: 1, saved: 0 };
     if (this.again) { this.again.made.push(tensor); }
@@ -234,6 +236,7 @@ var WillItFit = (function () {
      for certain once the next one comes. */
   Tape.prototype.gradient = function (size, keep) {
     if (!this.accumulates) { return this.make(size, "gradients"); }
+    if (!size) { return null; }  // the bias that a layer lacks
     var made = this.make(size), before = this.late;
     this.late = keep ? null : made;
     if (before) { this.drop(before); }
@@ -707,7 +710,7 @@ var WillItFit = (function () {
     var y = tape.make(n * out * width, "", x.needs || full);
     return [y, function (gradient, ofX) {
       tape.load(saved);
-      if (full) { self.gradient(out * in_); if (biased) { self.gradient(out); } }
+      if (full) { self.gradient(out * in_); self.gradient(biased ? out : 0); }
       if (x.needs) { ofX = tape.add(ofX, tape.make(n * in_ * width)); }
       tape.drop(gradient);
       tape.release(saved);
@@ -795,9 +798,9 @@ var WillItFit = (function () {
     });
   }
 
-  /* The fullest moment of each phase: an object of component and bytes for each. With `accumulates` the step
-     is the last of several passes, and finds the gradients of those before it. */
-  function forecast(shape, method, batch, length, checkpointing, optimizer, accumulates) {
+  /* The whole step: bytes held after every allocation, and the fullest moment of each phase. With `accumulates`
+     it is the last of several passes, and finds the gradients of those before it. */
+  function rehearse(shape, method, batch, length, checkpointing, optimizer, accumulates) {
     if (shape.window && shape.window <= length) {
       throw new Error("Attention in this model slides a window of " + shape.window + " tokens, which takes a " +
         "mask from that length on. The page does not count the mask: simulate_step of the package does.");
@@ -811,12 +814,17 @@ var WillItFit = (function () {
     tape.settle();
     update(tape, sizes, optimizer);
     tape.peaks.push(tape.fullest);
-    return tape.peaks.map(function (peak) {
+    return { curve: tape.curve, peaks: tape.peaks };
+  }
+
+  /* The fullest moment of each phase of that step: an object of component and bytes for each. */
+  function forecast() {
+    return rehearse.apply(null, arguments).peaks.map(function (peak) {
       var ledger = { total: sum(peak) };
       COMPONENTS.forEach(function (name, at) { ledger[name] = peak[at]; });
       return ledger;
     });
   }
 
-  return { forecast: forecast, parameters: parameters, linears: linears };
+  return { rehearse: rehearse, forecast: forecast, parameters: parameters, linears: linears };
 }());

@@ -253,6 +253,8 @@ WillItFit.page = (function () {
 
   function draw(ledger, card) {
     var bar = find("bar"), rows = find("parts"), left = 0, full = Math.max(ledger.total, card) * 1.04;
+    bar.textContent = "";
+    rows.textContent = "";
     PARTS.forEach(function (part) {
       var piece = document.createElement("div"), width = ledger[part[0]] / full * 100;
       piece.className = "fit-part";
