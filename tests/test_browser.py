@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from lora2qlora.memory import ADAMW_FUSED, SHAPES, Full, MemoryLedger, QLoRA, training_memory
+from lora2qlora import memory
+from lora2qlora.memory import ADAMW_FUSED, SHAPES, Full, MemoryLedger, QLoRA, shape_of, training_memory
 from playwright.sync_api import Page, sync_playwright
 from playwright.sync_api import TimeoutError as NoAnswer
 
@@ -362,6 +364,7 @@ def test_map_agrees_with_the_contents(browser, book):
 def test_will_it_fit_answers(browser, book):
     """LLaMA-65B on 48 GiB, as the QLoRA paper has it: it fits, and without checkpointing it does not."""
     chosen = {"model": "LLaMA-65B", "method": "qlora", "card": "48", "optimizer": "AdamW, fused"}
+    chosen["outside"] = "2"  # as loaded
     shape, card_bytes = SHAPES["LLaMA-65B"], 48 * 2**30
     with visited(browser, book, "book/will_it_fit.html") as visit:
         for name, value in chosen.items():
@@ -377,6 +380,81 @@ def test_will_it_fit_answers(browser, book):
         ledger = training_memory(shape, Full(), 1, 512, False, ADAMW_FUSED)
         assert calculator_disagrees(visit, ledger, card_bytes) == []
         assert script_errors(visit) == []
+
+
+def answer_of(visit: Visit) -> str:
+    """What "Will it fit?" answers."""
+    return visit.page.text_content("#fit-answer")
+
+
+def test_will_it_fit_says_what_to_change(browser, book):
+    with visited(browser, book, "book/will_it_fit.html#model=LLaMA-13B&card=8&batch=4&rank=7") as visit:
+        assert visit.page.input_value("#fit-model") == "LLaMA-13B"
+        assert visit.page.input_value("#fit-rank") == "4"  # 7 is no rank on the page
+        rungs = visit.page.eval_on_selector_all(
+            "#fit-rungs tr", "all => all.map(r => [...r.children].map(c => c.textContent))"
+        )
+        assert answer_of(visit).startswith("It does not fit")
+        assert [rung[0].split(" ")[0] for rung in rungs] == [
+            "1",
+            "optimizer",
+            "half",
+            "adapters",
+            "half",
+            "a",
+        ]
+        first = [rung for rung in rungs if rung[3] == "fits from here on"]
+        assert f"down to: {first[0][0]}." in answer_of(visit)
+        assert visit.page.eval_on_selector_all(".fit-first", "all => all.length") == len(first) == 1
+        visit.page.select_option("#fit-card", "141")
+        assert answer_of(visit).startswith("It fits")
+        assert not visit.page.is_visible("#fit-ladder")
+        assert "card=141" in visit.page.evaluate("location.hash")
+        visit.page.reload()
+        assert visit.page.input_value("#fit-card") == "141"
+        assert script_errors(visit) == []
+
+
+def test_will_it_fit_reads_a_config(browser, book):
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 99000}
+    config = {"model_type": "qwen2", "num_key_value_heads": 8, "intermediate_size": 12800} | sizes
+    evil = {"model_type": "<img src=x onerror=console.error('run')>"}
+    with visited(browser, book, "book/will_it_fit.html") as visit:
+        visit.page.focus("#fit-own summary")
+        visit.page.keyboard.press("Enter")
+        visit.page.keyboard.press("Tab")
+        visit.page.keyboard.insert_text(json.dumps(config))
+        assert visit.page.input_value("#fit-model") == "own"
+        ledger = training_memory(
+            shape_of(config), QLoRA(dtype=torch.float32), 1, 512, True, memory.ADAMW_FOREACH
+        )
+        assert calculator_disagrees(visit, ledger, 24 * 2**30) == []
+        for text, words in (("{", "not JSON"), (json.dumps(evil), "are not known"), ("", "")):
+            visit.page.fill("#fit-config", text)
+            assert words in visit.page.text_content("#fit-config-said")
+        dropped = visit.page.evaluate_handle(
+            """text => { const moved = new DataTransfer();
+                moved.items.add(new File([text], "config.json")); return moved; }""",
+            json.dumps(config | {"model_type": "mixtral"}),
+        )
+        visit.page.dispatch_event("#fit-own", "drop", {"dataTransfer": dropped})
+        visit.page.wait_for_function(
+            "document.getElementById('fit-config-said').textContent.includes('mixture of experts')"
+        )
+        file = {"name": "config.json", "mimeType": "application/json", "buffer": json.dumps(config).encode()}
+        visit.page.set_input_files("#fit-file", file)
+        visit.page.wait_for_function(
+            "document.getElementById('fit-config-said').textContent.includes('qwen2')"
+        )
+        assert script_errors(visit) == foreign_requests(visit) == failed_requests(visit) == []
+
+
+def test_every_field_of_will_it_fit_has_a_name(browser, book):
+    with visited(browser, book, "book/will_it_fit.html") as visit:
+        fields = "#fit select, #fit input, #fit textarea"
+        unnamed = "all => all.filter(e => !e.labels.length || !e.labels[0].innerText).map(e => e.id)"
+        visit.page.eval_on_selector("#fit-own", "e => { e.open = true; }")
+        assert visit.page.eval_on_selector_all(fields, unnamed) == []
 
 
 # --- Every check, held against a page that is broken on purpose -------------------------------

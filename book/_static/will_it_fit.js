@@ -1,5 +1,5 @@
-/* The ledger of lora2qlora.memory, operation by operation, and the page "Will it fit?" around it.
-   tests/test_will_it_fit.py holds its sums to those of the Python ledger, to the byte. */
+/* The ledger of lora2qlora.memory, operation by operation: this script says what the Python files say, in
+   their order. tests/test_will_it_fit.py holds its sums to those of the Python ledger, to the byte. */
 "use strict";
 
 var WillItFit = (function () {
@@ -7,45 +7,89 @@ var WillItFit = (function () {
   var COMPONENTS = DATA.components;
 
   function ceil(a, b) { return Math.floor((a + b - 1) / b); }
+  function sum(numbers) { return numbers.reduce(function (a, b) { return a + b; }, 0); }
+  function repeat(times, list) {
+    var all = [], n;
+    for (n = 0; n < times; n += 1) { all = all.concat(list); }
+    return all;
+  }
 
-  /* --- what is trained ------------------------------------------------------------------- */
+  /* --- shapes ------------------------------------------------------------------------------- */
 
+  function traits(shape) { return DATA.forms[shape.form]; }
+
+  /* Numbers in q, and in k or v, of one token. */
+  function widths(shape) { return [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim]; }
+
+  /* [out, in] of the linear layers of one block, by name, in the order in which they are used. */
   function linears(shape) {
-    var q = shape.heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
-    var h = shape.hidden, i = shape.intermediate;
+    var q = widths(shape)[0], kv = widths(shape)[1], h = shape.hidden, i = shape.intermediate;
+    if (traits(shape).fused) {
+      return { qkv_proj: [q + 2 * kv, h], o_proj: [h, q], gate_up_proj: [2 * i, h], down_proj: [h, i] };
+    }
     return { q_proj: [q, h], k_proj: [kv, h], v_proj: [kv, h], o_proj: [h, q],
              gate_proj: [i, h], up_proj: [i, h], down_proj: [h, i] };
   }
 
+  /* The names of the linear layers in the order of model.parameters(). */
+  function order(shape) {
+    var names = Object.keys(linears(shape));
+    return traits(shape).fused ? [names[1], names[0]].concat(names.slice(2)) : names;
+  }
+
   function inLinears(shape) {
-    var all = linears(shape), sum = 0;
-    DATA.linears.forEach(function (name) { sum += all[name][0] * all[name][1]; });
-    return sum;
+    var all = linears(shape);
+    return sum(Object.keys(all).map(function (name) { return all[name][0] * all[name][1]; }));
+  }
+
+  /* Numbers in every tensor of one block, in the order of model.parameters(). */
+  function blockTensors(shape) {
+    var all = linears(shape), counts = [], form = traits(shape);
+    order(shape).forEach(function (name) {
+      counts.push(all[name][0] * all[name][1]);
+      if (shape.biases.indexOf(name) >= 0) { counts.push(all[name][0]); }
+      if (name !== "o_proj") { return; }
+      if (form.head_norm === "head") { counts.push(shape.head_dim, shape.head_dim); }
+      if (form.head_norm === "width") { counts = counts.concat(widths(shape)); }
+    });
+    return counts.concat(repeat(form.norms === "both" ? 4 : 2, [shape.hidden]));
+  }
+
+  /* How many sets of rotary angles there are. */
+  function angleKinds(shape) {
+    var far = traits(shape).far;
+    return far !== null && shape.layers >= far ? 2 : 1;
   }
 
   function parameters(shape) {
-    var block = inLinears(shape) + 2 * shape.hidden;
-    return shape.layers * block + shape.hidden + (shape.tied ? 1 : 2) * shape.vocabulary * shape.hidden;
+    return shape.layers * sum(blockTensors(shape)) + shape.hidden +
+      (shape.tied ? 1 : 2) * shape.vocabulary * shape.hidden;
+  }
+
+  /* --- what trains, and what is held between two steps ---------------------------------------- */
+
+  /* Those of a model's linear layers that are adapted; all of them is all, whatever they are called. */
+  function adaptedNames(shape, method) {
+    var names = order(shape);
+    if (method.kind === "full") { return []; }
+    if (DATA.linears.every(function (name) { return method.targets.indexOf(name) >= 0; })) { return names; }
+    method.targets.forEach(function (name) {
+      if (names.indexOf(name) < 0) { throw new Error("The model has no layer " + name + "."); }
+    });
+    return names.filter(function (name) { return method.targets.indexOf(name) >= 0; });
   }
 
   /* [numbers, bytes] of every tensor that trains, in the order of model.parameters(). */
   function trained(shape, method) {
-    var all = linears(shape), block = [], counts = [], width = method.width, n;
+    var all = linears(shape), outer = [shape.vocabulary * shape.hidden], counts = [], width = method.own;
     if (method.kind === "full") {
-      DATA.linears.forEach(function (name) { block.push(all[name][0] * all[name][1]); });
-      block.push(shape.hidden, shape.hidden);
-      counts.push(shape.vocabulary * shape.hidden);
+      counts = outer.concat(repeat(shape.layers, blockTensors(shape)), [shape.hidden], shape.tied ? [] : outer);
+      width = method.width;
     } else {
-      width = method.own;
-      DATA.linears.forEach(function (name) {
-        if (method.targets.indexOf(name) < 0) { return; }
-        block.push(method.rank * all[name][1], method.rank * all[name][0]);
+      adaptedNames(shape, method).forEach(function (name) {
+        counts.push(method.rank * all[name][1], method.rank * all[name][0]);
       });
-    }
-    for (n = 0; n < shape.layers; n += 1) { counts = counts.concat(block); }
-    if (method.kind === "full") {
-      counts.push(shape.hidden);
-      if (!shape.tied) { counts.push(shape.vocabulary * shape.hidden); }
+      counts = repeat(shape.layers, counts);
     }
     return counts.map(function (count) { return [count, count * width]; });
   }
@@ -61,20 +105,25 @@ var WillItFit = (function () {
     return optimizer.states * state + optimizer.counter_bytes;
   }
 
+  /* Bytes beside the codes of a weight of so many numbers in NF4. */
+  function nf4Constants(count, method) {
+    var blocks = ceil(count, method.block_size);
+    return method.group_size === null ? 4 * blocks : blocks + 4 * ceil(blocks, method.group_size) + 4;
+  }
+
   function staticMemory(shape, method, optimizer) {
-    var held = {}, all = linears(shape), tensors = trained(shape, method), shared = false;
+    var held = {}, all = linears(shape), shared = false;
     COMPONENTS.forEach(function (name) { held[name] = 0; });
     held.weights = (parameters(shape) - shape.layers * inLinears(shape)) * method.width;
-    held.weights += 8 * Math.floor(shape.head_dim / 2);
-    DATA.linears.forEach(function (name) {
-      var count = all[name][0] * all[name][1], blocks;
+    held.weights += angleKinds(shape) * 8 * Math.floor(shape.head_dim / 2);
+    if (traits(shape).scaled === "embedding") { held.weights += method.width; }
+    Object.keys(all).forEach(function (name) {
+      var count = all[name][0] * all[name][1];
       if (method.kind !== "qlora") { held.weights += shape.layers * count * method.width; return; }
-      blocks = ceil(count, method.block_size);
       held.weights += shape.layers * ceil(count, 2);
-      held.constants += shape.layers * (method.group_size === null
-        ? 4 * blocks : blocks + 4 * ceil(blocks, method.group_size) + 4);
+      held.constants += shape.layers * nf4Constants(count, method);
     });
-    tensors.forEach(function (tensor) {
+    trained(shape, method).forEach(function (tensor) {
       if (method.kind !== "full") { held.adapters += tensor[1]; }
       held.optimizer += kept(optimizer, tensor[0], tensor[1]);
       shared = shared || tensor[0] >= optimizer.smallest;
@@ -88,8 +137,8 @@ var WillItFit = (function () {
   var EARLY_STOP = {};
 
   function Tape(held) {
-    this.held = held; this.total = 0; this.peaks = []; this.block = null; this.again = null;
-    this.fullest = null; this.most = 0;
+    this.held = held; this.total = 0; this.peaks = []; this.curve = []; this.block = null; this.again = null;
+    this.fullest = null; this.most = 0; this.accumulates = false; this.late = null;
     for (var i = 0; i < COMPONENTS.length; i += 1) { this.total += held[COMPONENTS[i]]; }
     this.mark();
   }
@@ -99,6 +148,7 @@ var WillItFit = (function () {
     this.fullest = COMPONENTS.map(function (name) { return held[name]; });
   };
   Tape.prototype.mark = function () {
+    this.curve.push(this.total);
     if (this.fullest) { this.peaks.push(this.fullest); }
     this.snapshot();
   };
@@ -106,6 +156,7 @@ var WillItFit = (function () {
     kind = kind || "transient";
     this.held[kind] += size;
     this.total += size;
+    this.curve.push(this.total);
     if (this.total > this.most) { this.snapshot(); }
     var tensor = { size: size, kind: kind, needs: !!needs, holders: 1, saved: 0 };
     if (this.again) { this.again.made.push(tensor); }
@@ -169,31 +220,57 @@ var WillItFit = (function () {
       this.drop(tensor);
     }
   };
+  /* Two gradients of one tensor, added in place. */
   Tape.prototype.add = function (first, second) {
     if (first) { this.drop(first); }
     return second;
   };
+  /* A tensor in a dtype in which it takes `size` bytes: itself, if it does already. */
+  Tape.prototype.cast = function (tensor, size, kind, keep) {
+    if (tensor.size === size) { return keep ? this.hold(tensor) : tensor; }
+    var other = this.make(size, kind);
+    if (!keep) { this.drop(tensor); }
+    return other;
+  };
+  /* The gradient of a weight. Where gradients of sequences before are there, it is added to them and goes:
+     for certain once the next one comes. */
+  Tape.prototype.gradient = function (size, keep) {
+    if (!this.accumulates) { return this.make(size, "gradients"); }
+    if (!size) { return null; }  // the bias that a layer lacks
+    var made = this.make(size), before = this.late;
+    this.late = keep ? null : made;
+    if (before) { this.drop(before); }
+    return made;
+  };
+  Tape.prototype.settle = function () {
+    if (this.late) { this.drop(this.late); }
+    this.late = null;
+  };
+  Tape.prototype.several = function (count, size) {
+    var made = [];
+    while (made.length < count) { made.push(this.make(size)); }
+    return made;
+  };
+  Tape.prototype.dropAll = function (tensors) { this.drop.apply(this, tensors); };
 
   /* --- a training step ---------------------------------------------------------------------- */
 
+  /* Everything forward gives [a tensor, its pullback]. A pullback takes over the gradient of the output and
+     returns that of the input, or null. */
   function Step(tape, shape, method, batch, length, checkpointing) {
     this.tape = tape; this.shape = shape; this.method = method; this.checkpointing = checkpointing;
-    this.batch = batch; this.length = length; this.tokens = batch * length;
+    this.form = traits(shape); this.batch = batch; this.length = length; this.tokens = batch * length;
     this.full = method.kind === "full"; this.width = method.width; this.linears = linears(shape);
-    this.compute = method.kind === "qlora" ? method.compute : method.width;
+    this.adapted_names = adaptedNames(shape, method); this.compute = method.compute;
   }
 
   Step.prototype.run = function () {
-    var tape = this.tape, shape = this.shape, n = this.tokens, pulls = [], l, made;
-    tape.make(8 * n);
-    var embedded = tape.make(n * shape.hidden * this.width, "", this.full || this.checkpointing);
-    var x = embedded, positions = tape.make(8 * this.length), angles = [];
-    for (l = 0; l < 2; l += 1) {
-      angles.push(tape.make(this.length * shape.head_dim * this.width, "activations"));
-    }
-    tape.hold(embedded);
-    for (l = 0; l < shape.layers; l += 1) {
-      made = this.checkpointing ? this.checkpointed(x) : this.block(x);
+    var tape = this.tape, shape = this.shape, pulls = [], l, made;
+    tape.make(8 * this.tokens);
+    var first = this.embedding(), x = first[0], positions = tape.make(8 * this.length);
+    var angles = this.angles(), embedded = tape.hold(x);
+    for (l = 1; l <= shape.layers; l += 1) {
+      made = this.layer(x, !shape.unturned || l % shape.unturned > 0);
       pulls.push(made[1]);
       tape.drop(x);
       x = made[0];
@@ -202,23 +279,57 @@ var WillItFit = (function () {
     tape.drop(x, embedded);
     if (!this.checkpointing) { tape.drop(positions); }
     var end = this.loss(made[0]), gradient = made[1](end.gradient);
-    for (l = shape.layers - 1; l >= 0; l -= 1) { gradient = pulls[l](gradient); }
-    tape.drop(angles[0], angles[1]);
-    if (this.checkpointing) { tape.drop(positions); }
-    if (this.full) {
-      tape.make(shape.vocabulary * shape.hidden * this.width, "gradients");
-      if (shape.tied) { tape.drop(end.weight); }
+    for (l = shape.layers; l > 0; l -= 1) {
+      gradient = pulls[l - 1](gradient);
+      if (l === this.form.far) { tape.dropAll(angles.slice(2)); }
     }
-    if (gradient) { tape.drop(gradient); }
-    tape.drop(end.losses[0], end.losses[1]);
+    tape.dropAll(angles.slice(0, 2));
+    if (this.checkpointing) { tape.drop(positions); }
+    first[1](gradient, end.weight);
+    tape.dropAll(end.losses);
   };
 
+  Step.prototype.angles = function () {
+    var made = [], size = this.length * this.shape.head_dim * (this.form.wide_angles ? 4 : this.width);
+    while (made.length < 2 * angleKinds(this.shape)) { made.push(this.tape.make(size, "activations")); }
+    return made;
+  };
+
+  Step.prototype.layer = function (x, turns) {
+    return this.checkpointing ? this.checkpointed(x, turns) : this.block(x, turns);
+  };
+
+  /* The first hidden states, in some families times a number. */
+  Step.prototype.embedding = function () {
+    var self = this, tape = this.tape, shape = this.shape, needs = this.full || this.checkpointing;
+    var x = tape.make(this.tokens * shape.hidden * this.width, "", needs), scaled = null, leaf = null;
+    if (this.form.scaled) {
+      leaf = x;
+      scaled = this.scale(x);
+      x = scaled[0];
+      if (this.full || !needs || this.form.scaled !== "all") { tape.drop(leaf); leaf = null; }
+    }
+    return [x, function (gradient, ofHead) {
+      if (scaled && gradient) { gradient = scaled[1](gradient); }
+      if (leaf) { tape.drop(leaf); }
+      if (self.full) {
+        self.gradient(shape.vocabulary * shape.hidden);
+        if (shape.tied) { tape.drop(ofHead); }
+      }
+      if (gradient) { tape.drop(gradient); }
+    }];
+  };
+
+  /* The gradient of so many weights of the base. */
+  Step.prototype.gradient = function (count, keep) { return this.tape.gradient(count * this.width, keep); };
+
+  /* LM head and cross-entropy in float32, forward and backward. */
   Step.prototype.loss = function (x) {
     var tape = this.tape, shape = this.shape, n = this.tokens, weight = null;
     var wide = n * shape.vocabulary * this.width, exact = n * shape.vocabulary * 4;
     var saved = this.full ? [tape.save(x)] : [];
-    var logits = tape.make(wide, "logits");
-    var asFloat = this.width !== 4 ? tape.make(exact, "logits") : tape.hold(logits);
+    var logits = this.scaledLogits(tape.make(wide, "logits"));
+    var asFloat = tape.cast(logits, exact, "logits", true);
     var padded = tape.make(8 * this.batch * (this.length + 1));
     var labels = this.batch > 1 ? tape.make(8 * n) : tape.hold(padded);
     var logSoftmax = tape.make(exact, "logits");
@@ -227,24 +338,28 @@ var WillItFit = (function () {
     tape.mark();
     var one = tape.make(4), ofLoss = tape.make(exact, "logits");
     tape.drop(labels, weights);
-    var ofLogits = tape.make(exact, "logits"), exactGradient;
+    var ofLogits = tape.make(exact, "logits");
     tape.drop(ofLoss, logSoftmax);
-    if (this.width !== 4) {
-      exactGradient = ofLogits;
-      ofLogits = tape.make(wide, "logits");
-      tape.drop(exactGradient);
-    }
-    if (this.full) { weight = tape.make(shape.vocabulary * shape.hidden * this.width, "gradients"); }
+    ofLogits = this.scaledLogits(tape.cast(ofLogits, wide, "logits"));
+    if (this.full) { weight = this.gradient(shape.vocabulary * shape.hidden, shape.tied); }
     var gradient = tape.make(n * shape.hidden * this.width);
     tape.drop(ofLogits);
     tape.release(saved);
     return { gradient: gradient, weight: weight, losses: [loss, one] };
   };
 
-  Step.prototype.checkpointed = function (x) {
+  /* Logits, or their gradient, times a number in some families. */
+  Step.prototype.scaledLogits = function (logits) {
+    if (this.form.scaled !== "all") { return logits; }
+    var scaled = this.tape.make(logits.size, "logits");
+    this.tape.drop(logits);
+    return scaled;
+  };
+
+  Step.prototype.checkpointed = function (x, turns) {
     var self = this, tape = this.tape;
-    tape.block = { forward: function () { self.block(x); }, slots: [] };
-    var made = this.block(x);
+    tape.block = { forward: function () { self.block(x, turns); }, slots: [] };
+    var made = this.block(x, turns);
     tape.block = null;
     var keptInput = tape.hold(x);
     if (keptInput.kind === "transient") { tape.move(keptInput, "activations"); }
@@ -255,131 +370,269 @@ var WillItFit = (function () {
     }];
   };
 
-  Step.prototype.block = function (x) {
-    var tape = this.tape, size = this.tokens * this.shape.hidden * this.width;
-    var first = this.norm(x), attention = this.attention(first[0]);
-    tape.drop(first[0]);
-    var middle = tape.make(size, "", attention[0].needs || x.needs);
-    tape.drop(attention[0]);
-    var second = this.norm(middle), mlp = this.mlp(second[0]);
-    tape.drop(second[0]);
-    var y = tape.make(size, "", mlp[0].needs || middle.needs);
-    tape.drop(mlp[0], middle);
-    var halves = [[middle.needs, [mlp[1], second[1]]], [x.needs, [attention[1], first[1]]]];
-    return [y, function (gradient) {
-      for (var i = 0; i < 2; i += 1) {
-        var branch = tape.hold(gradient);
-        for (var k = 0; k < 2; k += 1) { branch = branch ? halves[i][1][k](branch) : null; }
-        if (!halves[i][0]) { tape.drop(gradient); return null; }
-        if (branch) { gradient = tape.add(gradient, branch); }
-      }
-      return gradient;
+  Step.prototype.block = function (x, turns) {
+    var self = this;
+    var first = this.branch(x, function (normed) { return self.attention(normed, turns); });
+    var second = this.branch(first[0], function (normed) {
+      return self.form.fused ? self.fusedMlp(normed) : self.mlp(normed);
+    });
+    this.tape.drop(first[0]);
+    return [second[0], function (gradient) {
+      gradient = second[1](gradient);
+      return gradient ? first[1](gradient) : null;
     }];
   };
 
-  Step.prototype.norm = function (x) {
-    var self = this, tape = this.tape, n = this.tokens, h = this.shape.hidden, width = this.width;
-    var exact = width !== 4 ? tape.make(4 * n * h, "", x.needs) : tape.hold(x);
-    var saved = x.needs ? [tape.save(exact)] : [];
-    var square = tape.make(4 * n * h), mean = tape.make(4 * n);
-    tape.drop(square);
-    var shifted = tape.make(4 * n), root = tape.make(4 * n);
-    if (x.needs) { saved.push(tape.save(root)); }
-    tape.drop(shifted);
-    if (x.needs) { saved.push(tape.save(exact)); saved.push(tape.save(root)); }
-    var product = tape.make(4 * n * h);
-    tape.drop(root, exact);
-    var scaled = width !== 4 ? tape.make(width * n * h) : tape.hold(product);
-    var savedScaled = this.full ? [tape.save(scaled)] : [];
-    var y = tape.make(width * n * h, "", x.needs || this.full);
-    tape.drop(scaled, product, mean);
-    return [y, function (gradient) {
-      var ofScaled = x.needs ? tape.make(width * n * h) : null, long;
-      if (self.full) {
-        tape.load(savedScaled);
-        long = tape.make(width * n * h);
-        tape.make(width * h, "gradients");
-        tape.drop(long);
-        tape.release(savedScaled);
-      }
-      tape.drop(gradient);
-      return x.needs ? self.backThroughRoot(ofScaled, saved) : null;
-    }];
-  };
-
-  Step.prototype.backThroughRoot = function (gradient, saved) {
-    var tape = this.tape, exact = 4 * this.tokens * this.shape.hidden, short = 4 * this.tokens, before;
-    if (this.width !== 4) { before = gradient; gradient = tape.make(exact); tape.drop(before); }
-    var ofX = tape.make(exact), long = tape.make(exact), ofRoot = tape.make(short);
-    tape.drop(long, gradient);
-    tape.release([saved[2], saved[3]]);
-    var a = tape.make(short), b = tape.make(short), ofShifted = tape.make(short);
-    tape.drop(ofRoot, a, b);
-    tape.release([saved[1]]);
-    var ofSquare = tape.make(exact);
-    tape.drop(ofShifted);
-    a = tape.make(exact); b = tape.make(exact);
-    var ofXToo = tape.make(exact);
-    tape.drop(ofSquare, a, b);
-    tape.release([saved[0]]);
-    gradient = tape.add(ofX, ofXToo);
-    if (this.width !== 4) {
-      before = gradient;
-      gradient = tape.make(this.width * this.tokens * this.shape.hidden);
+  /* x + norm(operate(norm(x))), with the norms that the family has, times a number in some. */
+  Step.prototype.branch = function (x, operate) {
+    var tape = this.tape, norm = this.norm.bind(this), steps = [operate], pulls = [], changed = tape.hold(x);
+    if (this.form.norms !== "after") { steps.unshift(norm); }
+    if (this.form.norms !== "before") { steps.push(norm); }
+    if (this.form.scaled === "all") { steps.push(this.scale.bind(this)); }
+    steps.forEach(function (step) {
+      var before = changed, made = step(changed);
+      changed = made[0];
+      pulls.unshift(made[1]);
       tape.drop(before);
-    }
-    return gradient;
+    });
+    var y = tape.make(x.size, "", changed.needs || x.needs);
+    tape.drop(changed);
+    return [y, function (gradient) {
+      var branch = tape.hold(gradient);
+      pulls.forEach(function (pull) { branch = branch ? pull(branch) : null; });
+      if (!x.needs) { tape.drop(gradient); return null; }
+      return branch ? tape.add(gradient, branch) : gradient;
+    }];
   };
 
-  Step.prototype.attention = function (x) {
-    var self = this, tape = this.tape, n = this.tokens, saved = [];
-    var q = this.linear("q_proj", x), k = this.linear("k_proj", x), v = this.linear("v_proj", x);
-    var turnedQ = this.turn(q[0]), turnedK = this.turn(k[0]);
-    tape.drop(q[0], k[0]);
-    var needs = q[0].needs || k[0].needs || v[0].needs;
-    if (needs) { saved = [tape.save(turnedQ), tape.save(turnedK), tape.save(v[0])]; }
-    var mixed = tape.make(q[0].size, "", needs), logSums = tape.make(4 * n * this.shape.heads);
-    if (needs) { saved.push(tape.save(mixed)); saved.push(tape.save(logSums)); }
-    tape.drop(logSums);
-    var o = this.linear("o_proj", mixed);
-    tape.drop(mixed, v[0], turnedQ, turnedK);
-    return [o[0], function (gradient) {
-      gradient = o[1](gradient, null);
-      if (!needs) { return null; }
-      var ofQ = tape.make(q[0].size), ofK = tape.make(k[0].size), ofV = tape.make(v[0].size), ofX = null;
+  Step.prototype.norm = function (x) { return this.norms(x, this.tokens, this.shape.hidden); };
+
+  /* x times a number. */
+  Step.prototype.scale = function (x) {
+    var tape = this.tape, size = x.size;
+    return [tape.make(size, "", x.needs), function (gradient) {
+      var ofX = tape.make(size);
       tape.drop(gradient);
-      tape.release(saved);
-      ofK = self.turnBack(ofK, k[0].needs);
-      ofQ = self.turnBack(ofQ, q[0].needs);
-      [[v, ofV], [k, ofK], [q, ofQ]].forEach(function (pair) {
-        var made = pair[0], of = pair[1], byHead;
-        if (!made[0].needs) { if (of) { tape.drop(of); } return; }
-        if (made !== v) { byHead = of; of = tape.make(made[0].size); tape.drop(byHead); }
-        ofX = made[1](of, ofX);
-      });
       return ofX;
     }];
   };
 
-  Step.prototype.turn = function (x) {
-    var tape = this.tape, size = x.size, byCos = tape.make(size), negated = tape.make(Math.floor(size / 2));
-    var halves = tape.make(size);
+  /* --- RMSNorm in the three ways in which models have it ---------------------------------------- */
+
+  Step.prototype.norms = function (x, vectors, dim) {
+    var self = this, tape = this.tape, short = 4 * vectors, exact = 4 * vectors * dim;
+    var shiftedKind = this.form.norm === "shifted", castX = tape.cast(x, exact, "", true);
+    var saved = x.needs ? [tape.save(castX)] : [];
+    var square = tape.make(exact), mean = tape.make(short);
+    tape.drop(square);
+    var shifted = tape.make(short);
+    if (shiftedKind) { tape.drop(mean); }
+    var root = tape.make(short);
+    if (x.needs) { saved.push(tape.save(root)); }
+    tape.drop(shifted);
+    if (x.needs) { saved.push(tape.save(castX)); saved.push(tape.save(root)); }
+    var product = tape.make(exact);
+    tape.drop(root, castX);
+    var made = this.form.norm === "cast" ? this.castFirst(x, product, dim) : this.castLast(x, product, dim);
+    if (!shiftedKind) { tape.drop(mean); }
+    return [made[0], function (gradient) {
+      gradient = made[1](gradient);
+      return x.needs ? self.backThroughRoot(gradient, saved, vectors, dim) : null;
+    }];
+  };
+
+  /* The product is cast back, then the weight multiplies it, as in a Llama. */
+  Step.prototype.castFirst = function (x, product, dim) {
+    var self = this, tape = this.tape, size = x.size, scaled = tape.cast(product, size, "", true);
+    var saved = this.full ? [tape.save(scaled)] : [];
+    var y = tape.make(size, "", x.needs || this.full);
+    tape.drop(scaled, product);
+    return [y, function (gradient) {
+      var ofScaled = x.needs ? tape.make(size) : null, long;
+      if (self.full) {
+        tape.load(saved);
+        long = tape.make(size);
+        self.gradient(dim);
+        tape.drop(long);
+        tape.release(saved);
+      }
+      tape.drop(gradient);
+      return ofScaled;
+    }];
+  };
+
+  /* The weight multiplies in float32, in Gemma after 1 was added to it. */
+  Step.prototype.castLast = function (x, product, dim) {
+    var self = this, tape = this.tape, size = x.size, exact = product.size, weight = null, asFloat;
+    var saved = this.full ? [tape.save(product)] : [];
+    if (this.form.norm === "shifted") {
+      asFloat = tape.make(this.width < 4 ? 4 * dim : 0);
+      weight = tape.make(4 * dim);
+      tape.drop(asFloat);
+      if (x.needs) { saved.push(tape.save(weight)); }
+    }
+    var weighed = tape.make(exact);
+    if (weight) { tape.drop(weight); }
+    var y = tape.cast(weighed, size, "", true);
+    y.needs = x.needs || this.full;
+    tape.drop(weighed, product);
+    return [y, function (gradient) {
+      gradient = tape.cast(gradient, exact);
+      tape.load(saved);
+      var ofProduct = x.needs ? tape.make(exact) : null, long;
+      if (self.full) {
+        long = tape.make(exact);
+        self.gradient(dim);
+        tape.drop(long);
+      }
+      tape.drop(gradient);
+      tape.release(saved);
+      return ofProduct;
+    }];
+  };
+
+  Step.prototype.backThroughRoot = function (gradient, saved, vectors, dim) {
+    var tape = this.tape, short = 4 * vectors, exact = short * dim;
+    tape.load(saved);
+    gradient = tape.cast(gradient, exact);
+    var ofX = tape.make(exact), long = tape.make(exact), ofRoot = tape.make(short);
+    tape.drop(long, gradient);
+    tape.release(saved.slice(2));
+    var powers = tape.several(2, short), ofShifted = tape.make(short);
+    tape.drop(ofRoot);
+    tape.dropAll(powers);
+    tape.release([saved[1]]);
+    var ofSquare = tape.make(exact);
+    tape.drop(ofShifted);
+    var doubled = tape.several(2, exact), ofXToo = tape.make(exact);
+    tape.drop(ofSquare);
+    tape.dropAll(doubled);
+    tape.release([saved[0]]);
+    return tape.cast(tape.add(ofX, ofXToo), this.width * vectors * dim);
+  };
+
+  /* --- attention --------------------------------------------------------------------------------- */
+
+  /* Everything between two norms; without `turns`, the layer has no rotary positions. */
+  Step.prototype.attention = function (x, turns) {
+    var self = this, tape = this.tape, fused = this.form.fused;
+    var parts = fused ? this.together(x) : this.apart(x), q = parts.q, k = parts.k, v = parts.v;
+    var whole = parts.held || v, turned = [q, k].map(function (t) {
+      return turns ? self.turn(t.size, t.needs) : tape.hold(t);
+    });
+    if (!fused) { tape.drop(q, k); }
+    var needs = q.needs || k.needs || v.needs, saved = [];
+    if (needs) { saved = [turned[0], turned[1], whole].map(function (t) { return tape.save(t); }); }
+    var mixed = tape.make(q.size, "", needs), logSums = tape.make(4 * this.tokens * this.shape.heads), byHead;
+    if (needs) { saved.push(tape.save(mixed)); saved.push(tape.save(logSums)); }
+    tape.drop(logSums);
+    if (fused) { byHead = mixed; mixed = tape.make(q.size, "", needs); tape.drop(byHead); }
+    var o = this.linear("o_proj", mixed);
+    tape.drop(mixed, whole, turned[0], turned[1]);
+    return [o[0], function (gradient) {
+      gradient = o[1](gradient, null);
+      if (!needs) { return null; }
+      var ofQ = tape.make(q.size), ofK = tape.make(k.size), ofV = tape.make(v.size);
+      tape.drop(gradient);
+      tape.release(saved);
+      if (turns) {
+        ofK = self.turnBack(ofK, k.needs);
+        ofQ = self.turnBack(ofQ, q.needs);
+      }
+      return parts.pull(ofQ, ofK, ofV, turns);
+    }];
+  };
+
+  /* A projection each for q, k and v, the first two normed in some families. */
+  Step.prototype.apart = function (x) {
+    var self = this, tape = this.tape, late = this.form.norm === "shifted", made = {};
+    ["q", "k", "v"].forEach(function (name) {
+      made[name] = self.linear(name + "_proj", x);
+      if (!late && name !== "v") { made[name] = self.normed(made[name]); }
+    });
+    if (late) { ["q", "k"].forEach(function (name) { made[name] = self.normed(made[name]); }); }
+    function pull(ofQ, ofK, ofV, turns) {
+      var ofX = null;
+      if (made.v[0].needs) { ofX = made.v[1](ofV, null); } else { tape.drop(ofV); }
+      [[made.k, ofK], [made.q, ofQ]].forEach(function (pair) {
+        if (pair[0][0].needs) {
+          ofX = pair[0][1](pair[1], ofX, turns);
+        } else if (!turns) {
+          tape.drop(pair[1]);
+        }
+      });
+      return ofX;
+    }
+    return { q: made.q[0], k: made.k[0], v: made.v[0], held: null, pull: pull };
+  };
+
+  /* A projection, or its norm; a gradient that lies in memory head by head is copied. */
+  Step.prototype.normed = function (made) {
+    var tape = this.tape, kind = this.form.head_norm, dim = this.shape.head_dim, size = made[0].size;
+    var y = made[0], pullNorm = null, width, vectors, after;
+    if (kind) {
+      width = size / this.tokens / this.width;
+      vectors = this.tokens * (kind === "head" ? width / dim : 1);
+      after = this.norms(y, vectors, kind === "head" ? dim : width);
+      tape.drop(y);
+      y = after[0];
+      pullNorm = after[1];
+    }
+    return [y, function (gradient, ofX, turned) {
+      var byHead;
+      if (kind === "head") { gradient = pullNorm(gradient); }
+      if (gradient && turned) { byHead = gradient; gradient = tape.make(size); tape.drop(byHead); }
+      if (kind === "width") { gradient = pullNorm(gradient); }
+      return gradient ? made[1](gradient, ofX) : ofX;
+    }];
+  };
+
+  function like(size, needs) { return { size: size, kind: "transient", needs: needs, holders: 1, saved: 0 }; }
+
+  /* One projection, of which q, k and v are parts; the gradient of each is as large as the whole. */
+  Step.prototype.together = function (x) {
+    var tape = this.tape, made = this.linear("qkv_proj", x), each = this.tokens * this.width;
+    var q = widths(this.shape)[0] * each, kv = widths(this.shape)[1] * each, needs = made[0].needs;
+    function pull(ofQ, ofK, ofV) {
+      var total = null;
+      [ofV, ofK, ofQ].forEach(function (part) {
+        var one = tape.make(made[0].size);
+        tape.drop(part);
+        total = tape.add(total, one);
+      });
+      return made[1](total, null);
+    }
+    return { q: like(q, needs), k: like(kv, needs), v: like(kv, needs), held: made[0], pull: pull };
+  };
+
+  /* Bytes of as many numbers in the angles' dtype. */
+  Step.prototype.exact = function (size) { return this.form.wide_angles ? size / this.width * 4 : size; };
+
+  /* Rotary positions: x cos + (x turned by halves) sin. */
+  Step.prototype.turn = function (size, needs) {
+    var tape = this.tape, exact = this.exact(size), parts;
+    var byCos = tape.make(exact), negated = tape.make(Math.floor(size / 2)), halves = tape.make(size);
     tape.drop(negated);
-    var bySin = tape.make(size);
+    var bySin = tape.make(exact);
     tape.drop(halves);
-    var y = tape.make(size, "", x.needs);
+    var y = tape.make(exact, "", needs);
     tape.drop(byCos, bySin);
+    if (this.form.fused) { parts = y; y = tape.make(size, "", needs); tape.drop(parts); }
+    y = tape.cast(y, size);
+    y.needs = needs;
     return y;
   };
 
   Step.prototype.turnBack = function (gradient, needs) {
-    var tape = this.tape, size = gradient.size;
+    var tape = this.tape, size = gradient.size, exact = this.exact(size);
     if (!needs) { tape.drop(gradient); return null; }
-    var bySin = tape.make(size), negated = tape.make(Math.floor(size / 2)), first = tape.make(size);
+    gradient = tape.cast(gradient, exact);
+    var bySin = tape.cast(tape.make(exact), size);
+    var negated = tape.make(Math.floor(size / 2)), first = tape.make(size);
     tape.drop(negated);
     var second = tape.make(size);
     tape.drop(bySin);
-    var both = tape.add(first, second), byCos = tape.make(size);
+    var both = tape.add(first, second), byCos = tape.cast(tape.make(exact), size);
     tape.drop(gradient);
     return tape.add(both, byCos);
   };
@@ -415,23 +668,49 @@ var WillItFit = (function () {
     }];
   };
 
+  /* The same with gate and up in one projection, of which both are parts that keep it whole. */
+  Step.prototype.fusedMlp = function (x) {
+    var tape = this.tape, made = this.linear("gate_up_proj", x), both = made[0], needs = both.needs;
+    var size = both.size / 2, saved = needs ? [tape.save(both)] : [], opened = tape.make(size, "", needs);
+    if (needs) { saved.push(tape.save(both)); saved.push(tape.save(opened)); }
+    var product = tape.make(size, "", needs);
+    tape.drop(opened);
+    var down = this.linear("down_proj", product);
+    tape.drop(product, both);
+    return [down[0], function (gradient) {
+      gradient = down[1](gradient, null);
+      if (!needs) { return null; }
+      var ofUp = tape.make(size), ofOpened = tape.make(size);
+      tape.drop(gradient);
+      tape.release(saved.slice(1));
+      var ofGate = tape.make(size);
+      tape.drop(ofOpened);
+      tape.release([saved[0]]);
+      var ofBoth = tape.make(2 * size);
+      tape.drop(ofUp, ofGate);
+      return made[1](ofBoth, null);
+    }];
+  };
+
+  /* --- the linear layers of a block ---------------------------------------------------------------- */
+
   Step.prototype.linear = function (name, x) {
     var out = this.linears[name][0], in_ = this.linears[name][1];
     var base = this.method.kind === "qlora" ? this.quantized : this.plain;
-    if (this.full || this.method.targets.indexOf(name) < 0) { return base.call(this, x, out, in_); }
-    return this.adapted(x, out, in_, base);
+    if (this.adapted_names.indexOf(name) >= 0) { return this.adapted(x, out, in_, base); }
+    return base.call(this, x, out, in_, this.shape.biases.indexOf(name) >= 0);
   };
 
   function nothing() { return { size: 0, kind: "weights", needs: false, holders: 1, saved: 0 }; }
 
-  Step.prototype.plain = function (x, out, in_) {
-    var full = this.full, tape = this.tape, n = this.tokens, width = this.width;
+  Step.prototype.plain = function (x, out, in_, biased) {
+    var self = this, full = this.full, tape = this.tape, n = this.tokens, width = this.width;
     var saved = full ? [tape.save(x)] : [];
     if (x.needs) { saved.push(tape.save(nothing())); }
     var y = tape.make(n * out * width, "", x.needs || full);
     return [y, function (gradient, ofX) {
       tape.load(saved);
-      if (full) { tape.make(out * in_ * width, "gradients"); }
+      if (full) { self.gradient(out * in_); self.gradient(biased ? out : 0); }
       if (x.needs) { ofX = tape.add(ofX, tape.make(n * in_ * width)); }
       tape.drop(gradient);
       tape.release(saved);
@@ -441,28 +720,20 @@ var WillItFit = (function () {
 
   Step.prototype.quantized = function (x, out, in_) {
     var self = this, tape = this.tape, n = this.tokens, compute = this.compute, width = this.width;
-    var differs = compute !== width;
-    var castX = this.cast(x, n * in_ * compute, differs, true), weight = this.dequantize(out * in_);
+    var castX = tape.cast(x, n * in_ * compute, "", true), weight = this.dequantize(out * in_);
     var y = tape.make(n * out * compute);
     tape.drop(weight, castX);
     var saved = x.needs ? [tape.save(nothing())] : [];
-    y = this.cast(y, n * out * width, differs, false);
+    y = tape.cast(y, n * out * width);
     y.needs = x.needs;
     return [y, function (gradient, ofX) {
-      gradient = self.cast(gradient, n * out * compute, differs, false);
+      gradient = tape.cast(gradient, n * out * compute);
       tape.load(saved);
       var dense = self.dequantize(out * in_), ofCastX = tape.make(n * in_ * compute);
       tape.drop(dense, gradient);
       tape.release(saved);
-      return tape.add(ofX, self.cast(ofCastX, n * in_ * width, differs, false));
+      return tape.add(ofX, tape.cast(ofCastX, n * in_ * width));
     }];
-  };
-
-  Step.prototype.cast = function (tensor, size, differs, keep) {
-    if (!differs) { return keep ? this.tape.hold(tensor) : tensor; }
-    var other = this.tape.make(size);
-    if (!keep) { this.tape.drop(tensor); }
-    return other;
   };
 
   Step.prototype.dequantize = function (count) {
@@ -479,171 +750,81 @@ var WillItFit = (function () {
   };
 
   Step.prototype.adapted = function (x, out, in_, base) {
-    var self = this, tape = this.tape, n = this.tokens, width = this.width, rank = this.method.rank;
-    var own = this.method.own, wide = Math.max(own, width), made = base.call(this, x, out, in_);
-    var castX = this.cast(x, n * in_ * own, own !== width, true), savedX = tape.save(castX);
+    var tape = this.tape, n = this.tokens, width = this.width, rank = this.method.rank, own = this.method.own;
+    var wide = Math.max(own, width), made = base.call(this, x, out, in_);
+    var castX = tape.cast(x, n * in_ * own, "", true), savedX = tape.save(castX);
     var unscaled = tape.make(n * rank * own);
     tape.drop(castX);
     var low = tape.make(n * rank * own);
     tape.drop(unscaled);
     var savedLow = tape.save(low), update = tape.make(n * out * own), total = tape.make(n * out * wide);
     tape.drop(update);
-    total = this.cast(total, n * out * width, wide !== width, false);
+    total = tape.cast(total, n * out * width);
     tape.drop(made[0], low);
     total.needs = true;
     return [total, function (gradient, ofX) {
-      gradient = self.cast(gradient, n * out * wide, wide !== width, false);
-      var ofY = x.needs ? self.cast(gradient, n * out * width, wide !== width, true) : null, ofCastX = null;
-      gradient = self.cast(gradient, n * out * own, wide !== own, false);
+      gradient = tape.cast(gradient, n * out * wide);
+      var ofY = x.needs ? tape.cast(gradient, n * out * width, "", true) : null, ofCastX = null;
+      gradient = tape.cast(gradient, n * out * own);
       tape.load([savedLow, savedX]);
-      tape.make(out * rank * own, "gradients");
+      tape.gradient(out * rank * own);
       var ofLow = tape.make(n * rank * own);
       tape.drop(gradient);
       tape.release([savedLow]);
       var ofUnscaled = tape.make(n * rank * own);
       tape.drop(ofLow);
-      tape.make(rank * in_ * own, "gradients");
+      tape.gradient(rank * in_ * own);
       if (x.needs) { ofCastX = tape.make(n * in_ * own); }
       tape.drop(ofUnscaled);
       tape.release([savedX]);
       if (!x.needs) { return null; }
-      ofX = tape.add(ofX, self.cast(ofCastX, n * in_ * width, own !== width, false));
+      ofX = tape.add(ofX, tape.cast(ofCastX, n * in_ * width));
       return made[1](ofY, ofX);
     }];
   };
 
-  /* The fullest moment of each phase: an object of component and bytes for each. */
-  function forecast(shape, method, batch, length, checkpointing, optimizer) {
-    var tape = new Tape(staticMemory(shape, method, optimizer)), all = 0, last = 0, i, copies;
-    new Step(tape, shape, method, batch, length, checkpointing).run();
+  /* --- a whole step --------------------------------------------------------------------------------- */
+
+  /* The optimizer's turn: what it needs for all parameters at once, or for one after the other. */
+  function update(tape, sizes, optimizer) {
+    var last = 0;
     tape.mark();
-    var sizes = trained(shape, method).map(function (tensor) { return tensor[1]; });
-    sizes.forEach(function (size) { all += size; });
-    tape.drop(tape.make(optimizer.all_copies * all));
+    tape.drop(tape.make(optimizer.all_copies * sum(sizes)));
+    if (!optimizer.own_copies) { return; }
     sizes.forEach(function (size) {
-      if (!optimizer.own_copies) { return; }
-      copies = [tape.make(last)];
-      for (i = 0; i < optimizer.own_copies; i += 1) { copies.push(tape.make(size)); }
-      copies.forEach(function (copy) { tape.drop(copy); });
+      var before = tape.make(last);
+      tape.dropAll([before].concat(tape.several(optimizer.own_copies, size)));
       last = size;
     });
+  }
+
+  /* The whole step: bytes held after every allocation, and the fullest moment of each phase. With `accumulates`
+     it is the last of several passes, and finds the gradients of those before it. */
+  function rehearse(shape, method, batch, length, checkpointing, optimizer, accumulates) {
+    if (shape.window && shape.window <= length) {
+      throw new Error("Attention in this model slides a window of " + shape.window + " tokens, which takes a " +
+        "mask from that length on. The page does not count the mask: simulate_step of the package does.");
+    }
+    var sizes = trained(shape, method).map(function (tensor) { return tensor[1]; });
+    var held = staticMemory(shape, method, optimizer), tape;
+    if (accumulates) { held.gradients = sum(sizes); }
+    tape = new Tape(held);
+    tape.accumulates = Boolean(accumulates);
+    new Step(tape, shape, method, batch, length, checkpointing).run();
+    tape.settle();
+    update(tape, sizes, optimizer);
     tape.peaks.push(tape.fullest);
-    return tape.peaks.map(function (peak) {
-      var ledger = { total: 0 };
-      COMPONENTS.forEach(function (name, at) { ledger[name] = peak[at]; ledger.total += peak[at]; });
+    return { curve: tape.curve, peaks: tape.peaks };
+  }
+
+  /* The fullest moment of each phase of that step: an object of component and bytes for each. */
+  function forecast() {
+    return rehearse.apply(null, arguments).peaks.map(function (peak) {
+      var ledger = { total: sum(peak) };
+      COMPONENTS.forEach(function (name, at) { ledger[name] = peak[at]; });
       return ledger;
     });
   }
 
-  /* --- the page ------------------------------------------------------------------------------ */
-
-  var PARTS = [
-    ["weights", "weights", "#8C8C8C"], ["constants", "quantization constants", "#5B5B5B"],
-    ["adapters", "adapters", "#009E73"], ["gradients", "gradients", "#E69F00"],
-    ["optimizer", "optimizer states", "#CC79A7"], ["activations", "activations", "#56B4E9"],
-    ["logits", "logits", "#F0E442"], ["transient", "for a moment", "#D5D5D5"]
-  ];
-  var PHASES = ["in the forward pass", "in the backward pass", "while the optimizer steps"];
-
-  function find(name) { return document.getElementById("fit-" + name); }
-  function grouped(number) { return String(number).replace(/\B(?=(\d{3})+(\.|$))/g, ","); }
-  function gigabytes(bytes) { return grouped((bytes / 1e9).toFixed(bytes < 99.5e9 ? 1 : 0)); }
-
-  function fill(select, names, chosen) {
-    names.forEach(function (name) {
-      var option = document.createElement("option");
-      option.textContent = option.value = name;
-      option.selected = name === chosen;
-      select.appendChild(option);
-    });
-  }
-
-  function chosenMethod() {
-    var method = JSON.parse(JSON.stringify(DATA.methods[find("method").value]));
-    if (method.kind !== "full") {
-      method.rank = Math.pow(2, Number(find("rank").value));
-      method.own = Number(find("adapters").value);
-      if (find("targets").value === "qv") { method.targets = ["q_proj", "v_proj"]; }
-    }
-    return method;
-  }
-
-  function show() {
-    var method = chosenMethod(), batch = Number(find("batch").value);
-    var length = Math.pow(2, Number(find("length").value)), card = Number(find("card").value) * Math.pow(2, 30);
-    var phases = forecast(DATA.shapes[find("model").value], method, batch, length,
-      find("checkpointing").checked, DATA.optimizers[find("optimizer").value]);
-    var at = 0;
-    phases.forEach(function (ledger, i) { if (ledger.total > phases[at].total) { at = i; } });
-    find("length-value").textContent = grouped(length);
-    find("batch-value").textContent = String(batch);
-    find("rank-value").textContent = method.kind === "full" ? "–" : String(method.rank);
-    ["rank", "targets", "adapters"].forEach(function (name) { find(name).disabled = method.kind === "full"; });
-    draw(phases[at], card, PHASES[at]);
-  }
-
-  function draw(ledger, card, when) {
-    var bar = find("bar"), rows = find("parts"), left = 0, full = Math.max(ledger.total, card) * 1.04;
-    var room = card - ledger.total;
-    find("answer").textContent = (room >= 0 ? "It fits, with " + gigabytes(room) + " GB to spare: "
-      : "It does not fit, by " + gigabytes(-room) + " GB: ") + gigabytes(ledger.total) + " of " +
-      gigabytes(card) + " GB, fullest " + when + ".";
-    bar.textContent = "";
-    rows.textContent = "";
-    bar.setAttribute("aria-label", find("answer").textContent);
-    PARTS.forEach(function (part) {
-      var piece = document.createElement("div"), width = ledger[part[0]] / full * 100;
-      piece.className = "fit-part";
-      piece.style.left = left + "%";
-      piece.style.width = width + "%";
-      piece.style.background = part[2];
-      piece.title = part[1];
-      bar.appendChild(piece);
-      left += width;
-      rows.appendChild(row(part[1], ledger[part[0]], part[2]));
-    });
-    var line = document.createElement("div"), label = document.createElement("span");
-    line.className = "fit-card";
-    line.style.left = card / full * 100 + "%";
-    label.textContent = "the card, " + gigabytes(card) + " GB";
-    if (card / full < 0.3) { label.style.right = "auto"; label.style.left = "0.3rem"; }
-    line.appendChild(label);
-    bar.appendChild(line);
-    var total = row("total", ledger.total, null);
-    total.className = "fit-total";
-    rows.appendChild(total);
-  }
-
-  function row(name, bytes, color) {
-    var line = document.createElement("tr"), head = document.createElement("th");
-    head.scope = "row";
-    if (color) {
-      var swatch = document.createElement("span");
-      swatch.className = "fit-swatch";
-      swatch.style.background = color;
-      head.appendChild(swatch);
-    }
-    head.appendChild(document.createTextNode(name));
-    line.appendChild(head);
-    [grouped(bytes), grouped((bytes / 1e9).toFixed(2))].forEach(function (text) {
-      var cell = document.createElement("td");
-      cell.textContent = text;
-      line.appendChild(cell);
-    });
-    return line;
-  }
-
-  function start() {
-    if (!find("model")) { return; }
-    fill(find("model"), Object.keys(DATA.shapes), "LLaMA-7B");
-    fill(find("optimizer"), Object.keys(DATA.optimizers), "AdamW, as torch has it");
-    document.querySelector("#fit form").addEventListener("input", show);
-    show();
-  }
-
-  if (typeof document !== "undefined") {
-    if (document.readyState === "loading") { document.addEventListener("DOMContentLoaded", start); } else { start(); }
-  }
-
-  return { forecast: forecast, parameters: parameters };
+  return { rehearse: rehearse, forecast: forecast, parameters: parameters, linears: linears };
 }());

@@ -19,6 +19,75 @@ var WILL_IT_FIT_DATA = {
   "up_proj",
   "down_proj"
  ],
+ "families": {
+  "llama": "llama",
+  "mistral": "llama",
+  "ministral": "llama",
+  "cwm": "llama",
+  "qwen2": "llama",
+  "smollm3": "llama",
+  "qwen3": "qwen3",
+  "phi3": "phi3",
+  "olmo2": "olmo2",
+  "gemma3_text": "gemma3",
+  "granite": "granite"
+ },
+ "forms": {
+  "llama": {
+   "norms": "before",
+   "norm": "cast",
+   "head_norm": "",
+   "fused": false,
+   "wide_angles": false,
+   "scaled": "",
+   "far": null
+  },
+  "qwen3": {
+   "norms": "before",
+   "norm": "cast",
+   "head_norm": "head",
+   "fused": false,
+   "wide_angles": false,
+   "scaled": "",
+   "far": null
+  },
+  "phi3": {
+   "norms": "before",
+   "norm": "cast",
+   "head_norm": "",
+   "fused": true,
+   "wide_angles": false,
+   "scaled": "",
+   "far": null
+  },
+  "olmo2": {
+   "norms": "after",
+   "norm": "wide",
+   "head_norm": "width",
+   "fused": false,
+   "wide_angles": true,
+   "scaled": "",
+   "far": null
+  },
+  "gemma3": {
+   "norms": "both",
+   "norm": "shifted",
+   "head_norm": "head",
+   "fused": false,
+   "wide_angles": false,
+   "scaled": "embedding",
+   "far": 6
+  },
+  "granite": {
+   "norms": "before",
+   "norm": "cast",
+   "head_norm": "",
+   "fused": false,
+   "wide_angles": false,
+   "scaled": "all",
+   "far": null
+  }
+ },
  "piece": 262144,
  "shapes": {
   "SmolLM2-135M": {
@@ -29,6 +98,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 49152,
    "kv_heads": 3,
    "tied": true,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 64
   },
   "Llama-3.2-1B": {
@@ -39,6 +112,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 128256,
    "kv_heads": 8,
    "tied": true,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 64
   },
   "LLaMA-7B": {
@@ -49,6 +126,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 32000,
    "kv_heads": 32,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "Llama-3.1-8B": {
@@ -59,6 +140,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 128256,
    "kv_heads": 8,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "LLaMA-13B": {
@@ -69,6 +154,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 32000,
    "kv_heads": 40,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "LLaMA-33B": {
@@ -79,6 +168,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 32000,
    "kv_heads": 52,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "LLaMA-65B": {
@@ -89,6 +182,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 32000,
    "kv_heads": 64,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "Llama-2-70B": {
@@ -99,6 +196,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 32000,
    "kv_heads": 8,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "175B": {
@@ -109,6 +210,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 50257,
    "kv_heads": 96,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "SmolLM2-360M": {
@@ -119,6 +224,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 49152,
    "kv_heads": 5,
    "tied": true,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 64
   },
   "SmolLM2-1.7B": {
@@ -129,7 +238,25 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 49152,
    "kv_heads": 32,
    "tied": true,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 64
+  },
+  "SmolLM3-3B": {
+   "hidden": 2048,
+   "layers": 36,
+   "heads": 16,
+   "intermediate": 11008,
+   "vocabulary": 128256,
+   "kv_heads": 4,
+   "tied": true,
+   "form": "llama",
+   "biases": [],
+   "unturned": 4,
+   "window": null,
+   "head_dim": 128
   },
   "Llama-3.2-3B": {
    "hidden": 3072,
@@ -139,6 +266,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 128256,
    "kv_heads": 8,
    "tied": true,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "Llama-3.3-70B": {
@@ -149,6 +280,10 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 128256,
    "kv_heads": 8,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   },
   "Mistral-7B-v0.3": {
@@ -159,6 +294,360 @@ var WILL_IT_FIT_DATA = {
    "vocabulary": 32768,
    "kv_heads": 8,
    "tied": false,
+   "form": "llama",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen2.5-0.5B": {
+   "hidden": 896,
+   "layers": 24,
+   "heads": 14,
+   "intermediate": 4864,
+   "vocabulary": 151936,
+   "kv_heads": 2,
+   "tied": true,
+   "form": "llama",
+   "biases": [
+    "q_proj",
+    "k_proj",
+    "v_proj"
+   ],
+   "unturned": null,
+   "window": null,
+   "head_dim": 64
+  },
+  "Qwen2.5-1.5B": {
+   "hidden": 1536,
+   "layers": 28,
+   "heads": 12,
+   "intermediate": 8960,
+   "vocabulary": 151936,
+   "kv_heads": 2,
+   "tied": true,
+   "form": "llama",
+   "biases": [
+    "q_proj",
+    "k_proj",
+    "v_proj"
+   ],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen2.5-3B": {
+   "hidden": 2048,
+   "layers": 36,
+   "heads": 16,
+   "intermediate": 11008,
+   "vocabulary": 151936,
+   "kv_heads": 2,
+   "tied": true,
+   "form": "llama",
+   "biases": [
+    "q_proj",
+    "k_proj",
+    "v_proj"
+   ],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen2.5-7B": {
+   "hidden": 3584,
+   "layers": 28,
+   "heads": 28,
+   "intermediate": 18944,
+   "vocabulary": 152064,
+   "kv_heads": 4,
+   "tied": false,
+   "form": "llama",
+   "biases": [
+    "q_proj",
+    "k_proj",
+    "v_proj"
+   ],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen2.5-14B": {
+   "hidden": 5120,
+   "layers": 48,
+   "heads": 40,
+   "intermediate": 13824,
+   "vocabulary": 152064,
+   "kv_heads": 8,
+   "tied": false,
+   "form": "llama",
+   "biases": [
+    "q_proj",
+    "k_proj",
+    "v_proj"
+   ],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen2.5-32B": {
+   "hidden": 5120,
+   "layers": 64,
+   "heads": 40,
+   "intermediate": 27648,
+   "vocabulary": 152064,
+   "kv_heads": 8,
+   "tied": false,
+   "form": "llama",
+   "biases": [
+    "q_proj",
+    "k_proj",
+    "v_proj"
+   ],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen2.5-72B": {
+   "hidden": 8192,
+   "layers": 80,
+   "heads": 64,
+   "intermediate": 29568,
+   "vocabulary": 152064,
+   "kv_heads": 8,
+   "tied": false,
+   "form": "llama",
+   "biases": [
+    "q_proj",
+    "k_proj",
+    "v_proj"
+   ],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen3-0.6B": {
+   "hidden": 1024,
+   "layers": 28,
+   "heads": 16,
+   "intermediate": 3072,
+   "vocabulary": 151936,
+   "kv_heads": 8,
+   "tied": true,
+   "form": "qwen3",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen3-1.7B": {
+   "hidden": 2048,
+   "layers": 28,
+   "heads": 16,
+   "intermediate": 6144,
+   "vocabulary": 151936,
+   "kv_heads": 8,
+   "tied": true,
+   "form": "qwen3",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen3-4B": {
+   "hidden": 2560,
+   "layers": 36,
+   "heads": 32,
+   "intermediate": 9728,
+   "vocabulary": 151936,
+   "kv_heads": 8,
+   "tied": true,
+   "form": "qwen3",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen3-8B": {
+   "hidden": 4096,
+   "layers": 36,
+   "heads": 32,
+   "intermediate": 12288,
+   "vocabulary": 151936,
+   "kv_heads": 8,
+   "tied": false,
+   "form": "qwen3",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen3-14B": {
+   "hidden": 5120,
+   "layers": 40,
+   "heads": 40,
+   "intermediate": 17408,
+   "vocabulary": 151936,
+   "kv_heads": 8,
+   "tied": false,
+   "form": "qwen3",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Qwen3-32B": {
+   "hidden": 5120,
+   "layers": 64,
+   "heads": 64,
+   "intermediate": 25600,
+   "vocabulary": 151936,
+   "kv_heads": 8,
+   "tied": false,
+   "form": "qwen3",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Gemma-3-1B": {
+   "hidden": 1152,
+   "layers": 26,
+   "heads": 4,
+   "intermediate": 6912,
+   "vocabulary": 262144,
+   "kv_heads": 1,
+   "tied": true,
+   "form": "gemma3",
+   "biases": [],
+   "unturned": null,
+   "window": 512,
+   "head_dim": 256
+  },
+  "Gemma-3-4B": {
+   "hidden": 2560,
+   "layers": 34,
+   "heads": 8,
+   "intermediate": 10240,
+   "vocabulary": 262208,
+   "kv_heads": 4,
+   "tied": true,
+   "form": "gemma3",
+   "biases": [],
+   "unturned": null,
+   "window": 1024,
+   "head_dim": 256
+  },
+  "Gemma-3-12B": {
+   "hidden": 3840,
+   "layers": 48,
+   "heads": 16,
+   "intermediate": 15360,
+   "vocabulary": 262208,
+   "kv_heads": 8,
+   "tied": true,
+   "form": "gemma3",
+   "biases": [],
+   "unturned": null,
+   "window": 1024,
+   "head_dim": 256
+  },
+  "Phi-3-mini": {
+   "hidden": 3072,
+   "layers": 32,
+   "heads": 32,
+   "intermediate": 8192,
+   "vocabulary": 32064,
+   "kv_heads": 32,
+   "tied": false,
+   "form": "phi3",
+   "biases": [],
+   "unturned": null,
+   "window": 2047,
+   "head_dim": 96
+  },
+  "Phi-4": {
+   "hidden": 5120,
+   "layers": 40,
+   "heads": 40,
+   "intermediate": 17920,
+   "vocabulary": 100352,
+   "kv_heads": 10,
+   "tied": false,
+   "form": "phi3",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "OLMo-2-1B": {
+   "hidden": 2048,
+   "layers": 16,
+   "heads": 16,
+   "intermediate": 8192,
+   "vocabulary": 100352,
+   "kv_heads": 16,
+   "tied": false,
+   "form": "olmo2",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "OLMo-2-7B": {
+   "hidden": 4096,
+   "layers": 32,
+   "heads": 32,
+   "intermediate": 11008,
+   "vocabulary": 100352,
+   "kv_heads": 32,
+   "tied": false,
+   "form": "olmo2",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "OLMo-2-13B": {
+   "hidden": 5120,
+   "layers": 40,
+   "heads": 40,
+   "intermediate": 13824,
+   "vocabulary": 100352,
+   "kv_heads": 40,
+   "tied": false,
+   "form": "olmo2",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 128
+  },
+  "Granite-3.3-2B": {
+   "hidden": 2048,
+   "layers": 40,
+   "heads": 32,
+   "intermediate": 8192,
+   "vocabulary": 49159,
+   "kv_heads": 8,
+   "tied": true,
+   "form": "granite",
+   "biases": [],
+   "unturned": null,
+   "window": null,
+   "head_dim": 64
+  },
+  "Granite-3.3-8B": {
+   "hidden": 4096,
+   "layers": 40,
+   "heads": 32,
+   "intermediate": 12800,
+   "vocabulary": 49159,
+   "kv_heads": 8,
+   "tied": true,
+   "form": "granite",
+   "biases": [],
+   "unturned": null,
+   "window": null,
    "head_dim": 128
   }
  },
@@ -184,7 +673,7 @@ var WILL_IT_FIT_DATA = {
   },
   "qlora": {
    "kind": "qlora",
-   "width": 2,
+   "width": 4,
    "rank": 16,
    "targets": [
     "q_proj",
