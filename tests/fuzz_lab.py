@@ -9,7 +9,7 @@ from fuzz_judge import Trial, model_digest
 from fuzz_trees import mutate
 from lora2qlora.adapters import count_parameters
 from lora2qlora.lab import measured
-from lora2qlora.memory.shape import shape_of
+from lora2qlora.memory import shape_of
 from torch import nn
 
 RECORD = {
