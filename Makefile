@@ -18,7 +18,7 @@ RIGHT  := import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 
   $(PYTHON) is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])
 PAGE   := _build/html/index.html
 
-.PHONY: help setup book test test-fast test-browser bench mutants fuzz drift drift-here versions-page outputs lab lint \
+.PHONY: help setup book test test-fast test-long test-browser bench mutants fuzz drift drift-here versions-page outputs lab lint \
   format repository data clean
 
 help:  ## this list
@@ -55,12 +55,15 @@ book: $(VENV)/.installed  ## build the book into _build/html
 
 test: setup  ## unit tests, checks of the book, and every notebook re-executed and compared
 	@echo "==> unit tests and checks of the book"
-	@$(OFFLINE) $(BIN)/python -m pytest tests -m "not browser and not bench"
+	@$(OFFLINE) $(BIN)/python -m pytest tests -m "not browser and not bench and not long"
 	@echo "==> notebooks, every cell against its stored output"
 	@$(OFFLINE) $(BIN)/python -m pytest $(NBVAL) book
 
 test-fast: setup  ## the same without notebooks and slow tests
 	@$(OFFLINE) $(BIN)/python -m pytest tests -m "not browser and not bench and not slow"
+
+test-long: setup  ## the ledger at the published sizes of large models (about an hour)
+	@$(OFFLINE) $(BIN)/python -m pytest tests -m long -s
 
 test-browser: book  ## the built pages in headless Chromium (CHROMIUM=path if it is not on PATH)
 	@$(BIN)/python -m pytest tests -m browser

@@ -133,6 +133,7 @@ def worst(name, settings, **changes):
     return max(map(abs, errors))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_at_published_sizes_the_ledger_is_within_a_percent(name):

@@ -212,6 +212,7 @@ def test_nothing_is_left_behind():
     assert type(torch.zeros(1)) is torch.Tensor
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [QLoRA(), Full()], ids=lambda method: type(method).__name__)
 def test_at_full_shape_it_is_the_ledger(method):

@@ -170,6 +170,7 @@ def test_the_script_is_the_ledger_to_the_byte(script, family):
     assert wrong == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_thousand_settings_agree_to_the_byte(script, family):
