@@ -2,15 +2,12 @@
 
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 from fuzz_json import json_leaf, json_text
-from fuzz_judge import Trial, model_digest
+from fuzz_judge import Trial
 from fuzz_trees import mutate
-from lora2qlora.adapters import count_parameters
 from lora2qlora.lab import measured
 from lora2qlora.memory import shape_of
-from torch import nn
 
 RECORD = {
     "configuration": {"part": "step", "size": "full", "job": "a", "rank": 8},
@@ -25,10 +22,8 @@ CONFIG = {
     "num_key_value_heads": 1,
     "intermediate_size": 16,
     "vocab_size": 16,
-    "head_dim": None,
     "tie_word_embeddings": False,
     "model_type": "llama",
-    "_attn_implementation": "sdpa",
 }
 
 
@@ -50,24 +45,16 @@ def lab_targets(folder: Path) -> dict:
         return Trial(lambda: measured.load("gpu", folder), (OSError, ValueError), lambda: None, accepted)
 
     def shape(rng: Random) -> Trial:
-        model, config = ShapedLlama(), mutate(rng, CONFIG, json_leaf)
-        config = config if isinstance(config, dict) else {}
-        model.config = SimpleNamespace(**{str(key): value for key, value in config.items()})
+        config = mutate(rng, CONFIG, json_leaf)
 
-        def accepted(shape) -> None:
-            assert shape.parameters == count_parameters(model).total
+        def accepted(found) -> None:
+            sizes = {"hidden_size": found.hidden, "num_hidden_layers": found.layers}
+            sizes |= {"intermediate_size": found.intermediate, "vocab_size": found.vocabulary}
+            said = {name: config.get(name, size) for name, size in sizes.items()}  # else the family's own
+            assert sizes == said, f"{sizes} of {config}"
 
-        return Trial(lambda: shape_of(model), (TypeError, ValueError), lambda: model_digest(model), accepted)
+        return Trial(
+            lambda: shape_of(config), (TypeError, ValueError, OSError), lambda: repr(config), accepted
+        )
 
     return {"measured records": records, "shape of a config": shape}
-
-
-class ShapedLlama(nn.Module):
-    """A model with the parameters of a Llama of CONFIG, by shape."""
-
-    def __init__(self):
-        super().__init__()
-        shapes = [(8, 8), (4, 8), (4, 8), (8, 8), (16, 8), (16, 8), (8, 16), (16, 8)]
-        self.embed = nn.Embedding(16, 8)
-        self.linears = nn.ModuleList([nn.Linear(i, o, bias=False) for o, i in shapes])
-        self.norms = nn.ModuleList([nn.RMSNorm(8) for _ in range(3)])

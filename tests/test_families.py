@@ -149,6 +149,21 @@ def test_two_of_its_layers_are_too(name):
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tie_word_embeddings": "yes"},
+        {"hidden_size": None},
+        {"num_attention_heads": 7},
+        {"model_type": ["llama"]},
+        {"model_type": None},
+    ],
+)
+def test_a_damaged_config_is_a_value_error_that_says_so(wrong):
+    with pytest.raises(ValueError, match=r"no config of a llama model \(|no model type that transformers"):
+        shape_of(SMALL | {"model_type": "llama"} | wrong)
+
+
+@pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
         ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor': 0.75.* simulate_step does"),

@@ -63,6 +63,10 @@ def _of_dict(found: dict) -> "PreTrainedConfig":
     from transformers import CONFIG_MAPPING
 
     family = found.get("model_type")
-    if family not in CONFIG_MAPPING:
-        raise ValueError(f"no model type that transformers knows: model_type is {family!r}")
-    return CONFIG_MAPPING[family].from_dict(found)
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise ValueError(f"no model type that transformers knows: model_type is {family!r:.60}")
+    try:
+        return CONFIG_MAPPING[family].from_dict(found)
+    except Exception as error:  # each family checks in its own way, and with errors of its own
+        words = " ".join(str(error).split())
+        raise ValueError(f"no config of a {family} model ({type(error).__name__}: {words:.200})") from error
