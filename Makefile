@@ -76,9 +76,10 @@ $(VENV)/mutants: environment.yml $(VENV)/.installed
 	@rm -rf $@
 	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --target $@ $(MUTMUT)
 
-mutants: setup $(VENV)/mutants  ## do the tests notice a planted defect? ROOM=nf4, SAMPLE=200
+mutants: setup $(VENV)/mutants  ## do the tests notice a planted defect? ROOM=nf4, SAMPLE=200, SEED=1
 	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/mutants $(BIN)/python tests/mutants.py \
-	  $(if $(ROOM),--room $(ROOM)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(AGAIN),--again)
+	  $(if $(ROOM),--room $(ROOM)) $(if $(SAMPLE),--sample $(SAMPLE)) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(AGAIN),--again)
 
 fuzz: setup  ## COUNT=1000000 damaged files and states, or SECONDS=60; SEED=123 COUNT=1 tries one again
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_runner.py --seed $(or $(SEED),0) \

@@ -1,6 +1,7 @@
 """Mutants: plant one small defect at a time in a room, and see whether the room's tests notice.
 
-`python tests/mutants.py [--room nf4] [--sample 200] [--again]`; `make mutants` brings what it needs.
+`python tests/mutants.py [--room nf4] [--sample 200] [--seed 1] [--again]`; `make mutants` brings its tools.
+A sample whose survivors were killed says nothing of the rest: the share is then that of another seed.
 The defects are mutmut's (its operators on libcst's trees) and two of our own: a call that stands alone
 and a `raise` are left out. mutmut's runner does not fit here: it expects `src/`, passes over decorated
 functions (`merge`, `step`, cached tables), and its trampolines hide sources that tests and Triton read.
@@ -134,6 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--room", choices=ROOMS, help="only this room")
     parser.add_argument("--sample", type=int, default=0, help="this many mutants a room, the same each time")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives another sample")
     parser.add_argument("--again", action="store_true", help="only the survivors of the last run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -147,7 +149,7 @@ def main() -> int:
             last = survivors(room)
             made = [m for m in made if m.key in last]
         few = options.sample and options.sample < len(made)
-        some = random.Random(0).sample(made, options.sample) if few else made
+        some = random.Random(options.seed).sample(made, options.sample) if few else made
         outcomes = workshop.run(room, some)
         save(room, outcomes)
         line, enough = report(room, len(made), outcomes, set(listed))

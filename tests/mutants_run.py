@@ -173,11 +173,16 @@ class Workshop:
 
 
 def _reaching(mutant, lines: dict, children: set[str], seconds: dict[str, float]) -> dict[str, float]:
-    """The tests that reach a mutant's lines; where none is seen to, those whose child processes may."""
+    """The tests that reach a mutant's lines; where none is seen to, those that may.
+
+    These are the ones that reach the line above, as a tracer (torch.compile) runs lines that are not seen,
+    and those with child processes.
+    """
     first, last = mutant.lines
     at = lines.get(mutant.file, {})
     found = set().union(*(at.get(line, set()) for line in range(first, last + 1)))
-    return {test: seconds[test] for test in found or children}
+    above = next((at[line] for line in range(first, 0, -1) if at.get(line)), set())
+    return {test: seconds[test] for test in found or children | above}
 
 
 def _tests_of(contexts: dict, seconds: dict[str, float], uses: dict) -> dict[int, set[str]]:

@@ -217,3 +217,17 @@ Workshop(Path({str(tmp_path)!r}), jobs=1).run("tiny", [])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True)
     assert "RuntimeError: tests fail without a mutant" in done.stderr
+
+
+def test_a_line_that_no_test_is_seen_to_reach_has_those_of_the_line_above():
+    """A tracer runs `if is_compiling(): ...` where coverage does not look."""
+    from mutants_run import _reaching
+
+    lines = {"nf4.py": {10: {"early"}, 12: {"before", "compiled"}, 20: {"after"}}}
+    seconds = dict.fromkeys(("early", "before", "compiled", "after", "child"), 1.0)
+    for at, tests in (
+        ((13, 13), {"before", "compiled", "child"}),
+        ((19, 20), {"after"}),
+        ((9, 9), {"child"}),
+    ):
+        assert set(_reaching(Mutant("nf4.py", "f", "a", "b", at, ""), lines, {"child"}, seconds)) == tests
