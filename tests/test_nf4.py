@@ -1,6 +1,7 @@
 """nf4: bit for bit bitsandbytes and the written rule, memory, buffers, codebooks fitted to normal blocks."""
 
 import gc
+import json
 import math
 import re
 import subprocess
@@ -809,6 +810,7 @@ def test_the_operators_are_what_their_schemas_and_shapes_say():
     q, operators = quantize_nf4(normal(7, 31), 16), torch.ops.lora2qlora
     for operator, arguments in (
         (operators.quantize_nf4.default, (normal(7, 31), 16)),
+        (operators.quantize_nf4.default, (normal(7, 31, dtype=torch.bfloat16), 16)),
         (operators.dequantize_nf4.default, (q.packed, q.absmax, 16, torch.empty(7, 31))),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -839,6 +841,18 @@ def test_without_numbers_all_stays_on_the_meta_device(numbers, other_default_dty
     assert q.to(torch.float16).device.type == "meta"
     out = dequantize_nf4(q)
     assert (out.device.type, out.dtype, out.shape) == ("meta", torch.bfloat16, w.shape)
+
+
+def test_without_numbers_a_weight_of_any_size_takes_two_pieces():
+    w = torch.empty(9 * nf4.weight.PIECE, device="meta")
+    assert len(nf4.weight._starts(w, nf4.weight.PIECE)) == 2
+
+
+def test_the_table_is_made_whatever_the_default_device_is_on_import():
+    code = "import torch; torch.set_default_device('meta'); from lora2qlora.nf4 import nf4_codebook as c; "
+    code += "print(c().tolist())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == CODEBOOK.tolist()
 
 
 def test_numbers_stay_on_their_device_while_another_one_is_the_default():
