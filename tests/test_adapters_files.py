@@ -21,6 +21,7 @@ from lora2qlora.adapters import (
     save_adapter,
 )
 from lora2qlora.adapters import folder as folders
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import adapted, assert_unchanged, edit_config, logits, peft_saved, snapshot, tiny_llama
 from torch import nn
@@ -246,15 +247,24 @@ def test_readers_beside_two_writers_find_one_of_them(tmp_path):
 
 def test_the_next_save_tidies_what_a_killed_one_left_and_nothing_else(tmp_path):
     model = adapted(["q_proj"])
-    dead = tmp_path / ".writing-abcd_123"
+    dead, whole = tmp_path / ".writing-abcd_123", tmp_path / ".writing-wholewho"
     mine = [tmp_path / ".writing-notes", tmp_path / ".writing-abcd1234", tmp_path / ".writing-12345678"]
-    for folder in (dead, *mine[:2]):
+    for folder in (dead, whole, *mine[:2]):
         folder.mkdir()
+    for name in (CONFIG, WEIGHTS):  # killed just before the renames
+        (whole / name).write_bytes(b"whole")
     (dead / WEIGHTS).write_bytes(b"half")
     (mine[1] / "thesis.txt").write_text("mine")
     mine[2].symlink_to(mine[0])
     save_adapter(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, *(path.name for path in mine)}
+
+
+def test_a_file_says_whose_tensors_it_holds(tmp_path):
+    """transformers refuses a file without it; PEFT writes it."""
+    save_adapter(adapted(["q_proj"]), tmp_path)
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_a_live_writer_is_waited_for_and_keeps_its_folder(tmp_path, monkeypatch):

@@ -239,6 +239,13 @@ def test_an_adapted_model_that_is_offloaded_afterwards(tmp_path):
         LoRALinear(layer.base, 4, 8)
 
 
+def test_adapters_stay_where_a_module_above_is_offloaded():
+    model = offloaded(adapted(["q_proj"]), "parent")
+    with pytest.raises(ValueError, match="q_proj: accelerate offloads its weights"):
+        remove_lora(model)
+    assert list(lora_layers(model)) == Q
+
+
 def test_hooks_that_move_inputs_only_are_no_hindrance():
     model = tiny_llama()
     add_hook_to_module(model, AlignDevicesHook("cpu", io_same_device=True))
