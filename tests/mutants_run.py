@@ -25,7 +25,7 @@ import coverage
 import pytest
 from mutants_choice import Choice
 
-PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench and not browser")
+PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not bench and not browser and not long")
 PYTEST += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # what is imported before the fork
 # A compiler that keeps what it has made: the same source and flags give the same library.
 COMPILER = """#!/bin/sh
