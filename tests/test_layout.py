@@ -40,7 +40,10 @@ FOLDERS = {
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
-    "serving": ("gguf_names", "gguf_shape", "gguf_tokenizer", "gguf_file", "gguf_adapter", "gguf"),
+    "serving": (
+        "folders", "batched", "gguf_names", "gguf_shape", "gguf_tokenizer", "gguf_file", "gguf_adapter",
+        "gguf",
+    ),
 }  # fmt: skip
 # A file of lab imports rooms, and files of lab that stand before it.
 LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "model_folder", "models")

@@ -17,7 +17,7 @@ from served import MODELS, TEXTS, byte_tokenizer, peft_adapter, random_model, sm
 from torch import nn
 from transformers import Gemma2Config
 
-BOUND = 2e-5
+BOUND = 5e-5  # 1.6e-5 was the largest measured
 PATTERNS = {
     "use_rslora": True,
     "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 12},

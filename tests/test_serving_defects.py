@@ -33,7 +33,7 @@ def kept(tmp_path, model, tokenizer, adapter_options=None):
                 judged(ask, ids, 12, [1.0] * (len(files) - 1)),
                 expected(adapted, ids, 12),
             )
-            same += got == wanted and bool((logs - logs_wanted).abs().max() < 2e-5)
+            same += got == wanted and bool((logs - logs_wanted).abs().max() < 5e-5)
     return same
 
 

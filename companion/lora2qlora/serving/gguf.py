@@ -11,6 +11,7 @@ from lora2qlora.adapters.base_name import published_name
 from lora2qlora.adapters.names import unwrapped
 from lora2qlora.lora import LoRALinear
 from lora2qlora.qlora import NF4Linear
+from lora2qlora.serving.batched import BatchedLoRALinear
 from lora2qlora.serving.gguf_adapter import export_adapter
 from lora2qlora.serving.gguf_file import write_gguf
 from lora2qlora.serving.gguf_names import FAMILIES, gguf_name, in_llama_cpp_order
@@ -99,7 +100,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_weight(name: str, module: nn.Module) -> None:
     """ValueError for a module with an adapter over it, or whose weight is quantized or elsewhere."""
-    if isinstance(module, LoRALinear) or type(module).__module__.startswith("peft."):
+    if isinstance(module, LoRALinear | BatchedLoRALinear) or type(module).__module__.startswith("peft."):
         raise ValueError(
             f"{name} carries an adapter: save_adapter and export_adapter make a file of it beside the "
             "base's, or merge first (merge_lora, merge_quantized, PEFT's merge_and_unload), then export"

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from torch import Tensor
 
-from lora2qlora.adapters.peft_config import read_settings
-from lora2qlora.adapters.peft_files import WEIGHTS, adapter_keys, check_keys, read_files
+from lora2qlora.serving.folders import read_adapter
 from lora2qlora.serving.gguf_file import write_gguf
 from lora2qlora.serving.gguf_names import gguf_name, in_llama_cpp_order
 from lora2qlora.serving.gguf_shape import check_config
@@ -28,14 +26,10 @@ def export_adapter(directory: str | os.PathLike, base_config, path: str | os.Pat
     patterns, and writes the base's path into the file. Chapter 16.
     """
     check_config(base_config)
-    config, weights = read_files(Path(directory))
-    base = _without_numbers(base_config)
-    settings = read_settings(base, config)
-    _check_fit(Path(directory, WEIGHTS), base, settings, weights)
-    largest = max(rank for rank, _ in settings.values())
+    found = read_adapter(_without_numbers(base_config), directory)
+    largest = max(rank for rank, *_ in found.values())
     tensors = {}
-    for name, (_, alpha) in settings.items():
-        A, B = (weights[key].float() for key in adapter_keys(name))
+    for name, (_, alpha, A, B) in found.items():
         B = B * (alpha / largest)
         if not B.isfinite().all():
             raise ValueError(f"{name}: alpha {alpha} takes lora_B beyond the range of float32")
@@ -57,16 +51,3 @@ def _without_numbers(base_config) -> torch.nn.Module:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(base_config))
-
-
-def _check_fit(path: Path, base: torch.nn.Module, settings: dict, weights: dict[str, Tensor]) -> None:
-    """ValueError unless the file holds A and B for just these modules, with their shapes, all finite."""
-    expected = {}
-    for name, (rank, _) in settings.items():
-        layer = base.get_submodule(name)
-        both = (rank, layer.in_features), (layer.out_features, rank)
-        expected |= zip(adapter_keys(name), both, strict=True)
-    try:
-        check_keys(path, weights, expected, torch.float32)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from error
