@@ -38,7 +38,7 @@ def logits(model, x, **options):
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "NF4"])
 def test_each_row_is_that_of_its_adapter_alone(quantized, tmp_path):
-    """To the bit here but for ranks filled up with zeros, 5e-7: a product of another shape adds up otherwise."""
+    """To the bit here but for ranks filled up with zeros, 5e-7: another shape adds up otherwise."""
     base = random_model("llama")
     directories = folders(base, tmp_path)
     if quantized:
