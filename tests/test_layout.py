@@ -42,7 +42,7 @@ FOLDERS = {
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
     "serving": (
         "folders", "batched", "gguf_names", "gguf_shape", "gguf_tokenizer", "gguf_file", "gguf_adapter",
-        "gguf",
+        "gguf", "llama_child", "server",
     ),
 }  # fmt: skip
 # A file of lab imports rooms, and files of lab that stand before it.
