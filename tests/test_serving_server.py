@@ -97,7 +97,7 @@ def long(tmp_path_factory):
 
 
 def slots(address):
-    with urllib.request.urlopen(f"{address}/slots") as answer:
+    with urllib.request.urlopen(f"{address}/slots", timeout=60) as answer:
         return json.load(answer)
 
 
@@ -116,16 +116,34 @@ def test_each_of_parallel_requests_has_the_whole_context(long):
 
 
 def test_a_request_that_is_cancelled_frees_its_place(long):
-    """The server looks every second whether somebody still waits."""
+    """Not so one that streams nothing: llama.cpp writes it to its end, and who comes next waits."""
     with serve(long, context=32_768) as address:
-        endless = {"prompt": "The whale", "n_predict": 100_000, "ignore_eos": True}
-        with pytest.raises(TimeoutError, match="cancelled"):
-            server._ask(f"{address}/completion", endless, timeout=0.3)
-        decoded = 0
-        while (slot := slots(address)[0])["is_processing"]:
-            decoded = slot["next_token"][0]["n_decoded"]
-            time.sleep(0.05)
-        assert decoded < 30_000
+        endless = {"messages": HELLO, "max_tokens": 100_000, "ignore_eos": True}
+        pieces = server._pieces(f"{address}/v1/chat/completions", endless, 60)
+        next(pieces)
+        assert slots(address)[0]["is_processing"]
+        pieces.close()
+        assert is_soon_free(address)
+        with pytest.raises(TimeoutError), server._opened(f"{address}/v1/chat/completions", endless, 0.5):
+            pass
+        assert not is_soon_free(address)
+
+
+def is_soon_free(address):
+    for _ in range(40):
+        if not slots(address)[0]["is_processing"]:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_server_that_says_nothing_is_a_timeout(files):
+    with serve(files / "base.gguf") as address:
+        (child,) = children()
+        os.kill(child, signal.SIGSTOP)
+        with pytest.raises(TimeoutError, match=r"not a word in 0.2 s"):
+            chat(address, HELLO, timeout=0.2)
+        os.kill(child, signal.SIGCONT)
         assert isinstance(chat(address, HELLO, max_tokens=2), str)
 
 

@@ -10,6 +10,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 CHILD = Path(__file__).with_name("llama_child.py")
@@ -91,30 +92,43 @@ def chat(
     request that names none may get whatever was set before, and llama.cpp ignores an unknown one in silence.
 
     Raises KeyError: no such adapter; RuntimeError: what the server refuses, in its words, such as a prompt
-    beyond the context, or no server there; TimeoutError: no answer in `timeout` [s], and it is cancelled.
+    beyond the context, or no server there; TimeoutError: not a word in `timeout` [s].
+    An interrupt cancels the request.
     """
-    loaded = {Path(one["path"]).stem: one["id"] for one in _ask(f"{address}/lora-adapters", None, timeout)}
+    with _opened(f"{address}/lora-adapters", None, timeout) as answer:
+        loaded = {Path(one["path"]).stem: one["id"] for one in json.load(answer)}
     if adapter is not None and adapter not in loaded:
         raise KeyError(f"no adapter {adapter!r:.80} is served, use one of {sorted(loaded)}, or None")
     scales = [{"id": index, "scale": float(name == adapter)} for name, index in loaded.items()]
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "lora": scales}
-    answer = _ask(f"{address}/v1/chat/completions", body, timeout)
-    return answer["choices"][0]["message"]["content"]
+    return "".join(_pieces(f"{address}/v1/chat/completions", body, timeout))
 
 
-def _ask(address: str, body: dict | None, timeout: float):
-    """What an address answers, to a JSON body if there is one."""
+def _pieces(address: str, body: dict, timeout: float) -> Iterator[str]:
+    """The answer piece by piece; closing it cancels the request, which llama.cpp sees of streams alone."""
+    with _opened(address, {**body, "stream": True}, timeout) as answer:
+        for line in answer:
+            kind, _, said = line.decode().partition(": ")
+            if kind == "error" or said.startswith('{"error"'):
+                raise RuntimeError(f"llama.cpp broke off: {said.strip()}")
+            if kind == "data" and said.startswith("{"):
+                yield from (one["delta"].get("content") or "" for one in json.loads(said)["choices"])
+
+
+@contextlib.contextmanager
+def _opened(address: str, body: dict | None, timeout: float) -> Iterator[HTTPResponse]:
+    """The answer of an address, to a JSON body if there is one, to be read in the block."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return json.load(answer)
+            yield answer
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
         with contextlib.suppress(ValueError, KeyError, TypeError):
             said = json.loads(said)["error"]["message"]
         raise RuntimeError(f"llama.cpp refuses ({error.code}): {said}") from error
     except TimeoutError:
-        raise TimeoutError(f"no answer in {timeout} s; the request is cancelled") from None
-    except (urllib.error.URLError, ConnectionError) as error:
+        raise TimeoutError(f"not a word in {timeout} s; the request is cancelled") from None
+    except (urllib.error.URLError, ConnectionError, HTTPException) as error:
         raise RuntimeError(f"no server answers at {address}: {error}") from error
