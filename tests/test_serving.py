@@ -7,8 +7,9 @@ from gguf import GGUFReader
 from llama_cpp import expected, judged, llama_cpp
 from lora2qlora.adapters import add_lora, lora_layers, merge_lora
 from lora2qlora.lab.models import load_base_model
-from lora2qlora.serving import export_model
-from served import MODELS, TEXTS, byte_tokenizer, random_model, small_lm
+from lora2qlora.serving import export_adapter, export_model
+from served import MODELS, TEXTS, byte_tokenizer, peft_adapter, random_model, small_lm
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -215,18 +216,44 @@ def test_nothing_of_this_machine_is_in_the_file(tmp_path):
     assert read(tmp_path / "m.gguf")[0]["general.name"] == "owner/other"
 
 
+def test_a_tokenizer_that_begins_and_ends_texts_does_so_in_llama_cpp(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    for template in ("<|endoftext|> $A", "<|endoftext|> $A <|endoftext|>"):
+        processor = TemplateProcessing(single=template, special_tokens=[("<|endoftext|>", 0)])
+        tokenizer.backend_tokenizer.post_processor = processor
+        export_model(random_model("llama"), tokenizer, tmp_path / "m.gguf", "F32")
+        with llama_cpp(tmp_path / "m.gguf") as ask:
+            ids = tokenizer("The whale")["input_ids"]
+            assert ids.count(0) == template.count("<")
+            assert ask("/tokenize", content="The whale", add_special=True)["tokens"] == ids
+
+
 @pytest.mark.slow
-def test_smollm2_answers_as_transformers(tmp_path):
+def test_smollm2_alone_adapted_and_merged_answers_as_transformers(tmp_path):
     model, tokenizer = load_base_model(device="cpu")
+    adapted = peft_adapter(model, tmp_path / "adapter", use_rslora=True, rank_pattern={"v_proj": 2})
     export_model(model, tokenizer, tmp_path / "m.gguf", "F32")
-    prompts = ["What is the capital of France?", "Write a haiku about rain.", "Count from 1 to 12."]
-    with llama_cpp(tmp_path / "m.gguf") as ask:
-        for prompt in prompts:
-            messages = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    export_adapter(tmp_path / "adapter", model.config, tmp_path / "a.gguf")
+    chats = []
+    for prompt in ("What is the capital of France?", "Write a haiku about rain.", "Count from 1 to 12."):
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        chats.append((messages, text, tokenizer(text)["input_ids"]))
+    answers = []
+    with llama_cpp(tmp_path / "m.gguf", tmp_path / "a.gguf") as ask:
+        for messages, text, ids in chats:
             assert ask("/apply-template", messages=messages)["prompt"] == text
-            ids = tokenizer(text)["input_ids"]
             assert ask("/tokenize", content=text, parse_special=True)["tokens"] == ids
-            (got, logs), (wanted, logs_wanted) = judged(ask, ids, 16), expected(model, ids, 16)
-            assert got == wanted
-            assert (logs - logs_wanted).abs().max() < 5e-4
+            for judge_model, scale in ((model, 0.0), (adapted, 1.0)):
+                (got, logs), (wanted, wanted_logs) = (
+                    judged(ask, ids, 12, [scale]),
+                    expected(judge_model, ids, 12),
+                )
+                assert got == wanted
+                assert (logs - wanted_logs).abs().max() < 5e-4  # over 30 layers
+                answers.append(got)
+    assert answers[::2] != answers[1::2]
+    export_model(adapted.merge_and_unload(), tokenizer, tmp_path / "m.gguf", "F32")
+    with llama_cpp(tmp_path / "m.gguf") as ask:
+        assert [judged(ask, ids, 12)[0] for _, _, ids in chats] == answers[1::2]
