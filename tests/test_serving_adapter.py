@@ -129,6 +129,7 @@ def test_no_path_is_in_the_file(tmp_path):
     folder = tmp_path / "secret"
     model = random_model("llama")
     model.config._name_or_path = model.name_or_path = str(folder)
+    model.config.save_pretrained(folder)  # PEFT looks for one there
     peft_adapter(model, folder)
     assert "secret" in (folder / "adapter_config.json").read_text()
     export_adapter(folder, model.config, tmp_path / "adapter.gguf")

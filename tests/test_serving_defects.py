@@ -51,22 +51,21 @@ def test_rows_of_an_adapters_b_left_in_place(tmp_path, monkeypatch):
     assert kept(tmp_path, *small_lm(), OPTIONS) <= 1
 
 
+def other_alphas(monkeypatch, alpha_of):
+    """The exporter reads alphas by `alpha_of(rank, alpha)`, where alpha is r times the scaling."""
+    read = gguf_adapter.read_adapter
+    change = lambda rank, alpha, A, B: (rank, alpha_of(rank, alpha), A, B)  # noqa: E731
+    replaced = lambda base, folder: {name: change(*found) for name, found in read(base, folder).items()}  # noqa: E731
+    monkeypatch.setattr(gguf_adapter, "read_adapter", replaced)
+
+
 def test_rslora_forgotten(tmp_path, monkeypatch):
-    read = gguf_adapter.read_settings
-    monkeypatch.setattr(
-        gguf_adapter, "read_settings", lambda base, config: read(base, {**config, "use_rslora": False})
-    )
+    other_alphas(monkeypatch, lambda rank, alpha: alpha / rank**0.5)
     assert kept(tmp_path, *small_lm(), OPTIONS) <= 1
 
 
 def test_patterns_forgotten(tmp_path, monkeypatch):
-    read = gguf_adapter.read_settings
-
-    def plain(base, config):
-        alphas = read(base, {**config, "alpha_pattern": {}})
-        return {name: (rank, alphas[name][1]) for name, (rank, _) in read(base, config).items()}
-
-    monkeypatch.setattr(gguf_adapter, "read_settings", plain)
+    other_alphas(monkeypatch, lambda rank, alpha: 16 * rank**0.5)
     assert kept(tmp_path, *small_lm(), OPTIONS) <= 1
 
 
