@@ -25,7 +25,7 @@ TOP |= {"Makefile", "LICENSE", "README.md"}
 IMAGES = ("us-docker.pkg.dev/colab-images/public/runtime:latest",)
 # A room imports only rooms that stand before it.
 ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora")
-ROOMS += ("memory", "optimizers", "fast")
+ROOMS += ("memory", "optimizers", "fast", "serving")
 # The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
 FOLDERS = {
     "adapters": (
@@ -40,6 +40,10 @@ FOLDERS = {
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
+    "serving": (
+        "folders", "batched", "gguf_names", "gguf_shape", "gguf_tokenizer", "gguf_file", "gguf_adapter",
+        "gguf", "llama_child", "server",
+    ),
 }  # fmt: skip
 # A file of lab imports rooms, and files of lab that stand before it.
 LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "model_folder", "models")
@@ -65,7 +69,7 @@ CHAPTERS = {
     "13_qlora_on_a_gpu": None,
     "14_fast": "fast",
     "15_merging": "adapters",
-    "16_serving": None,
+    "16_serving": "serving",
     "17_many_gpus": None,
     "18_variants": None,
     "19_lora_versus_qlora": None,

@@ -63,7 +63,8 @@ def replacing(directory: Path, names: tuple[str, ...]) -> Iterator[Path]:
             _tidy(directory, names)
         with TemporaryDirectory(prefix=PARTIAL, dir=directory) as partial:
             yield Path(partial)
-            (directory / names[0]).unlink(missing_ok=True)
+            if len(names) > 1:  # one file alone is replaced at once
+                (directory / names[0]).unlink(missing_ok=True)
             for name in reversed(names):
                 os.replace(Path(partial, name), directory / name)
 
