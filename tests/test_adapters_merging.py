@@ -454,7 +454,7 @@ def test_hooks_forwards_and_offloading():
         merge_quantized(model)
     model = qlora(["q_proj"])
     cpu_offload(model, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"accelerate offloads its weights|on the meta device"):
+    with pytest.raises(ValueError, match="q_proj: accelerate offloads its weights"):
         merge_quantized(model)
 
 
