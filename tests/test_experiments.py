@@ -966,3 +966,121 @@ def test_errors_of_formats_fall_with_the_bits_and_an_overflow_has_none(
     for fine, coarse in zip(found["errors"]["fp16"]["0"], found["errors"]["bf16"]["0"], strict=True):
         assert 0 < fine < 0.5 * coarse < 0.1
     json.dumps(found, allow_nan=False)
+
+
+# Merging, chapter 15 -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def merging(tmp_path, monkeypatch):
+    return script("merging", tmp_path, monkeypatch)
+
+
+def test_merging_goes_on_where_it_was_cut(merging, monkeypatch):
+    made, cut = [], [2]
+
+    def stub(original, tokenizer, asked, seed):
+        if len(made) in cut:
+            cut.clear()
+            raise KeyboardInterrupt
+        made.append((asked["task"], asked["log10_learning_rate"], seed))
+        return {"ways": {}}
+
+    monkeypatch.setattr(merging, "run", stub)
+    monkeypatch.setattr(merging, "load_base_model", lambda name: (None, None))
+    asked = ["--tasks", "wordnet", "spam", "--rates", "-3.0", "-2.5", "--seeds", "2", "--steps", "3"]
+    with pytest.raises(KeyboardInterrupt):
+        merging.main(asked)
+    merging.main(asked)
+    merging.main(asked)
+    assert made == [(t, r, s) for r in (-3.0, -2.5) for s in (0, 1) for t in ("wordnet", "spam")]
+    assert {r.configuration["steps"] for r in measured.load("merging")} == {3}
+
+
+def test_every_way_to_merge_at_small_size(merging, capsys):
+    original, tokenizer = models.load_small_lm()
+    before = {name: p.clone() for name, p in original.named_parameters()}
+    settings = merging.SETTINGS | {"model": str(models.SMALL_LM), "task": "wordnet", "steps": 6}
+    settings |= {"log10_learning_rate": -2.5, "test_rows": 6, "text_tokens": 24}
+    found = merging.run(original, tokenizer, settings, 0)
+    json.dumps(found, allow_nan=False)
+    assert all(torch.equal(p, before[name]) for name, p in original.named_parameters())
+    ways = found["ways"]
+    assert list(ways) == list(merging.WAYS)
+    trained, alone = ways["apart"], ways["base alone"]
+    assert trained["kl"] == trained["text_kl"] == 0
+    assert alone["kl"] > 0.01
+    exact, half, brain = (ways[f"dequantized, {d}"] for d in ("float32", "float16", "bfloat16"))
+    assert exact["loss"] == pytest.approx(trained["loss"], abs=1e-4)
+    assert abs(exact["kl"]) < 1e-5 < alone["kl"]
+    assert exact["error"] < half["error"] < brain["error"] < ways["summed in bfloat16"]["error"]
+    assert ways["original"]["error"] == pytest.approx(found["error_over_update"], rel=1e-4)
+    assert found["error_over_update"] == pytest.approx(
+        found["error_over_weights"] / found["update_over_weights"]
+    )
+    again, theirs = ways["dequantized, NF4 again"], ways["PEFT on bitsandbytes"]
+    assert theirs["same_codes"] == pytest.approx(again["same_codes"], abs=1e-5)
+    assert theirs["loss"] == pytest.approx(again["loss"], abs=1e-2)
+    assert again["kept"] < ways["original, then NF4"]["kept"]
+    assert again["kept"] < 0.5 < ways["stochastic"]["kept"] < 1.5
+    assert ways["NF4 and a remainder"]["error"] < again["error"] / 2
+    assert ways["dequantized, int8"]["error"] < ways["original, then NF4"]["error"]
+    assert ways["apart"]["bytes"] == ways["NF4 and a remainder"]["bytes"] > again["bytes"]
+    assert exact["bytes"] == 2 * half["bytes"] == 4 * sum(p.numel() for p in original.parameters())
+    assert again["bytes"] < ways["dequantized, int8"]["bytes"] < half["bytes"]
+
+
+def test_scores_of_merged_models_are_those_of_the_lab(merging):
+    from lora2qlora.lab.tasks import load_task
+    from lora2qlora.lab.training import mean_loss, perplexity
+
+    model, tokenizer = models.load_small_lm()
+    task = load_task("wordnet")
+    batches = merging.task_batches(tokenizer, task, 20)
+    found = [merging.predictions(model, batch) for batch in batches]
+    scores = merging.score(batches, found, found)
+    assert scores["loss"] == pytest.approx(
+        mean_loss(model, task, tokenizer, split="test", limit=20), rel=1e-5
+    )
+    assert scores["kl"] == 0
+    text = merging.text_batch(tokenizer, {"text": "sotu", "text_tokens": 40})
+    found = [merging.predictions(model, text)]
+    whole = merging.load_text("sotu")["text"][0]
+    assert math.exp(merging.score([text], found, found)["loss"]) == pytest.approx(
+        perplexity(model, whole, tokenizer, max_tokens=40), rel=1e-5
+    )
+
+
+def test_an_answer_is_right_where_all_its_tokens_are(merging):
+    logs = torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]]).log()
+    batch = {"labels": torch.zeros(2, 4)}
+    rows = torch.tensor([0, 0, 1])
+    scores = merging.score([batch], [(logs, torch.tensor([0, 0, 0]), rows)], [(logs.exp().log(), None, None)])
+    assert scores["tokens_right"] == pytest.approx(2 / 3)
+    assert scores["right"] == 0.5
+    assert scores["loss"] == pytest.approx(-(math.log(0.7) + math.log(0.4) + math.log(0.9)) / 3)
+    even = torch.full((3, 2), 0.5).log()
+    expected = torch.nn.functional.kl_div(logs, even, log_target=True, reduction="sum").item() / 3
+    scores = merging.score([batch], [(logs, torch.tensor([0, 0, 0]), rows)], [(even, None, None)])
+    assert scores["kl"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_the_grid(merging):
+    from lora2qlora.adapters import add_lora, lora_layers
+    from lora2qlora.nf4 import nf4_codebook
+    from lora2qlora.qlora import quantize_base
+    from merging_ways import Trained, stochastic
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False))
+    quantize_base(model, ["0"], compute_dtype=torch.float32)
+    add_lora(model, ["0"], 2, 4)
+    torch.nn.init.normal_(model[0].lora_B, std=0.01)
+    weight = stochastic(Trained(model, None, "", 2))[0].weight
+    absmax = model[0].base.weight.absmax.dequantize()[:, None]
+    levels = weight.view(len(absmax), -1) / absmax
+    assert (levels[..., None] - nf4_codebook()).abs().amin(-1).max() < 1e-6
+    total = merging.dequantize_nf4(model[0].base.weight) + lora_layers(model)["0"].delta_weight()
+    error = (weight - total).detach()
+    assert error.mean().abs() < 4 * error.std() / error.numel() ** 0.5
+    assert error.std() > 0

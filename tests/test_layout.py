@@ -29,7 +29,7 @@ ROOMS += ("memory", "optimizers", "fast", "serving")
 # The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
 FOLDERS = {
     "adapters": (
-        "names", "patterns", "readers", "targets", "checks", "model",
+        "names", "patterns", "readers", "targets", "checks", "model", "merging",
         "base_name", "peft_types", "peft_config", "folder", "peft_files",
     ),
     "nf4": ("codebook", "weight"),

@@ -115,9 +115,14 @@ def check_merge(layer: LoRALinear) -> None:
     if not is_plain or type(weight) is not nn.Parameter or not weight.is_floating_point():
         is_bitsandbytes = hasattr(weight, "quant_state")
         how = ", with bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)," * is_bitsandbytes
+        by_hand = (
+            f"Dequantize it{how} into a new nn.Linear, put that in its place (layer.base = ...), then merge"
+        )
+        # Such as NF4Linear, which this room does not know.
+        itself = not isinstance(weight, Tensor) and callable(getattr(base, "dequantize", None))
         raise TypeError(
             f"merge needs an nn.Linear with a plain float weight as base, got {type(base).__name__}. "
-            f"Dequantize it{how} into a new nn.Linear, put that in its place (layer.base = ...), then merge"
+            + ("Call lora2qlora.adapters.merge_quantized(model), which dequantizes" if itself else by_hand)
         )
     check_here(base)
     if weight.is_meta != layer.lora_A.is_meta or layer.lora_A.is_meta != layer.lora_B.is_meta:

@@ -1,5 +1,6 @@
 """Adapters: LoRA over a whole model, and files in PEFT's format. Chapters 04 and 15."""
 
+from lora2qlora.adapters.merging import MergeCost, merge_cost, merge_quantized
 from lora2qlora.adapters.model import (
     ParameterCount,
     add_lora,
@@ -17,5 +18,6 @@ __all__ = [  # noqa: RUF022 (in the order in which one meets them)
     "find_targets", "lora_layers",
     "add_lora", "remove_lora", "merge_lora", "ParameterCount", "count_parameters",
     "put_adapters", "naming",
+    "merge_quantized", "merge_cost", "MergeCost",
     "CONFIG", "WEIGHTS", "save_adapter", "load_adapter",
 ]  # fmt: skip
