@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from lora2qlora.serving.server import DIRECT
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def post(address, body):
     """What a route answers to a JSON body; RuntimeError with the server's words otherwise."""
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with DIRECT.open(request, timeout=120) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         raise RuntimeError(error.read().decode()) from error

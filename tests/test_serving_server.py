@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
 import psutil
 import pytest
@@ -97,7 +96,7 @@ def long(tmp_path_factory):
 
 
 def slots(address):
-    with urllib.request.urlopen(f"{address}/slots", timeout=60) as answer:
+    with server.DIRECT.open(f"{address}/slots", timeout=60) as answer:
         return json.load(answer)
 
 

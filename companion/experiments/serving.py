@@ -23,6 +23,7 @@ from lora2qlora.lab import measured
 from lora2qlora.lab.models import load_base_model
 from lora2qlora.lab.tasks import load_task
 from lora2qlora.serving import gguf, gguf_adapter, gguf_tokenizer
+from lora2qlora.serving.server import DIRECT
 from peft import LoraConfig, PeftModel, get_peft_model
 
 SETTINGS = {"model": "smollm2-135m", "prompts": 50, "tokens": 16}
@@ -88,7 +89,7 @@ def wanted_answers(model, tokenizer, prompts: list[str], count: int) -> list[lis
 def post(address: str, **body) -> dict:
     """What a route of the server answers."""
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as answer:
+    with DIRECT.open(request, timeout=600) as answer:
         return json.load(answer)
 
 

@@ -39,7 +39,7 @@ def encode_chat(tokenizer, messages: Messages, last_only: bool = False) -> dict[
 
 
 def one_answer_a_row(rows: list[Messages]) -> list[Messages]:
-    """A row for each answer: the chat up to it. With `last_only` every answer trains once, as it is asked for.
+    """A row for each answer: the chat up to it. With `last_only` every answer trains once, as it is asked.
 
     For templates that render an answer otherwise when more turns follow. Chapter 13.
     """
