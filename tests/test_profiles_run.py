@@ -31,7 +31,7 @@ SWITCHES = {
             "in float16 a CPU takes ten seconds and more for a step",
         ),
         ("512, 1024)[NUMBER]", "128, 128)[NUMBER]", "time"),
-        ("(60, 20), (60, 20))[NUMBER]", "(12, 4), (12, 4))[NUMBER]", "time"),
+        ("(12, 60, 60)[NUMBER]", "(12, 12, 12)[NUMBER]", "time"),
     ),
 }
 
