@@ -145,7 +145,7 @@ def _bytes(rng: Random, data: bytes) -> bytes:
             data[:at],
             data + rng.randbytes(rng.choice((1, 8, 1000))),
             rng.choice(LENGTHS).to_bytes(8, "little") + data[8:],
-            (int.from_bytes(data[:8], "little") + rng.choice((-8, -1, 1, 8))).to_bytes(8, "little")
+            ((int.from_bytes(data[:8], "little") + rng.choice((-8, -1, 1, 8))) % 2**64).to_bytes(8, "little")
             + data[8:],
             data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :],
             data[:at] + rng.randbytes(8) + data[at + 8 :],

@@ -20,7 +20,7 @@ def tensor_leaf(rng: Random, old):
         return rng.choice((_number, _number, _bits, _cast, _shape, _shape, _layout, _layout, _no_tensor))(
             rng, old
         )
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except (RuntimeError, TypeError, ValueError, IndexError, MemoryError):
         return None
 
 

@@ -858,6 +858,8 @@ def test_a_save_that_fails_at_the_last_moment_leaves_the_old_file_and_nothing_el
         (lambda s: s["param_groups"][0].update(lr=True), "got True"),
         (lambda s: s["param_groups"][0].update(lr=10**400), "got 1000"),
         (lambda s: s["param_groups"][0].update(lr=1e39), "got 1e"),
+        (lambda s: s["param_groups"][0].update(lr=3e38), r"lr / \(1 - beta1\).*e\+39"),
+        (lambda s: s["param_groups"][0].update(lr=1e30, weight_decay=1e30), r"weight_decay must .*1e\+60"),
         (lambda s: s["param_groups"][0].update(weight_decay=[1]), r"got 0.001, \[1\]"),
         (lambda s: s["param_groups"][0].update(betas=0.9), "betas are two numbers"),
         (lambda s: s["param_groups"][0].update(betas=["a", "b"]), "betas are two numbers"),

@@ -870,6 +870,14 @@ def spoiled():
     nan = torch.tensor(float("nan"))
     ways = {
         "a bias of another shape": (lambda s: s.update(bias=torch.zeros(3)), "size mismatch for bias"),
+        "a bias of 8 bits": (
+            lambda s: s.update(bias=s["bias"].to(torch.float8_e4m3fn)),
+            r"bias must be floats \[96\], got torch.float8",
+        ),
+        "the form is a list of tensors": (
+            lambda s: s.update(_extra_state=[s["_extra_state"]] * 4),
+            "_extra_state must be",
+        ),
         "a bias that is none": (lambda s: s.update(bias=3.0), r"bias must be floats \[96\], got float"),
         "a bias of ints": (lambda s: s.update(bias=torch.ones(96, dtype=torch.int64)), "int64"),
         "a NaN in the bias": (lambda s: s.update(bias=s["bias"] * nan), "all finite"),

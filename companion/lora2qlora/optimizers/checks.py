@@ -35,6 +35,12 @@ def check_group(group: dict, block_size: int) -> None:
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     if not (pair and all(in_float32(beta) and beta < 1 for beta in betas)):
         raise ValueError(f"betas are two numbers in [0, 1), got {betas!s:.80}")
+    step, decay = group["lr"] / (1 - betas[0]), group["lr"] * group["weight_decay"]
+    if not (in_float32(step) and in_float32(decay)):
+        raise ValueError(
+            "lr / (1 - beta1) and lr * weight_decay must be numbers that float32 can hold, got "
+            f"{step!s:.80}, {decay!s:.80}"
+        )
     if not (in_float32(group["eps"]) and group["eps"] > TINY):
         raise ValueError(
             f"eps must be positive, above {TINY}, as a second moment may be 0; got {group['eps']!s:.80}"

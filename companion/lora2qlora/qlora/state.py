@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora2qlora.blockwise import check_size, has_numbers
 from lora2qlora.double_quantization import QuantizedAbsmax
+from lora2qlora.lora import FLOATS
 from lora2qlora.nf4 import NF4Weight
 
 
@@ -99,7 +100,7 @@ def form_misfits(layer: nn.Module, form, prefix: str) -> list[str]:
     mine = layer.get_extra_state().tolist()
     dense = isinstance(form, Tensor) and has_numbers(form) and form.layout == torch.strided
     got = form.tolist() if dense and list(form.shape) == [4] else form
-    if isinstance(got, list) and got == mine:
+    if dense and got == mine:
         return []
     return [
         f"{prefix}_extra_state must be {mine}, [out, in, block size, group size or 0], got {got!s:.80}: "
@@ -112,7 +113,7 @@ def bias_misfits(got: object, own: Tensor, assign: bool, name: str) -> list[str]
     expected = f"{name} must be floats {list(own.shape)}"
     if not isinstance(got, Tensor):
         return [f"{expected}, got {type(got).__name__}"]
-    if got.shape != own.shape or not got.is_floating_point() or got.layout != torch.strided:
+    if got.shape != own.shape or got.dtype not in FLOATS or got.layout != torch.strided:
         return [f"size mismatch for {expected}, got {got.dtype} {list(got.shape)} {got.layout}"]
     stored = got.detach() if assign else got.detach().to(own.dtype)
     if has_numbers(stored) and not stored.isfinite().all():
