@@ -25,9 +25,7 @@ def _parameters(llama, settings: dict):
     """llama.cpp's parameters; `scale` is for requests that name no adapter, 0 gives them none."""
     params = llama.CommonParams()
     params.model.path = settings["model"]
-    params.lora_adapters = [
-        _adapter(llama, path, settings.get("scale", 0.0)) for path in settings["adapters"]
-    ]
+    params.lora_adapters = [_adapter(llama, path, settings["scale"]) for path in settings["adapters"]]
     params.n_ctx = settings["context"] * settings["parallel"]
     params.n_parallel, params.port = settings["parallel"], settings["port"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
