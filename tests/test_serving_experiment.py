@@ -40,7 +40,18 @@ def test_answers_are_kept_by_a_whole_converter_alone_and_recorded_once(experimen
     assert len(measured.load("serving")) == len(records)
 
 
-def test_mixed_batches_are_timed(experiment, tmp_path):
-    figures = experiment._times(small_lm()[0], tmp_path, count=2, rows=3, tokens=2)
-    assert set(figures) == {"base", "one_for_all", "mixed", "peft_mixed", "row_by_row"}
-    assert min(figures.values()) > 0
+def test_mixed_batches_are_timed(experiment, monkeypatch):
+    monkeypatch.setattr(experiment, "SIZES", [(3, 2)])
+    model, before = small_lm()[0], [type(module) for module in small_lm()[0].modules()]
+    experiment.main(["speed"])
+    (record,) = measured.load("serving")
+    assert set(record.figures) == {"base", "one_for_all", "mixed", "peft_mixed", "row_by_row"}
+    assert all(len(times) == 6 and min(times) > 0 for times in record.figures.values())
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_the_adapters_share_the_weights_of_the_base_and_no_modules(experiment, tmp_path):
+    model = small_lm()[0]
+    shared = experiment.sharing(model)
+    assert all(a is b for a, b in zip(model.parameters(), shared.parameters(), strict=True))
+    assert not set(map(id, model.modules())) & set(map(id, shared.modules()))

@@ -1,6 +1,7 @@
 """serving.server: llama.cpp as a child that says what went wrong, and that never outlives what started it."""
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -13,8 +14,8 @@ import time
 import psutil
 import pytest
 import torch
-from llama_cpp import post
-from lora2qlora.serving import chat, export_adapter, export_model, serve, server
+from lora2qlora.serving import chat, export_adapter, export_model, post, serve, server
+from peft import PeftModel
 from served import byte_tokenizer, peft_adapter, random_model, small_lm
 
 pytest.importorskip("xllamacpp")
@@ -69,14 +70,33 @@ def test_each_request_gets_the_adapter_that_it_names(files):
         assert len(set(wanted.values())) == 3
         for name in (None, "ahab", "ishmael", "ahab", None):
             assert chat(address, HELLO, name, max_tokens=12) == wanted[name]
-        plain = {"messages": HELLO, "max_tokens": 12, "temperature": 0}
         for body in ({}, {"lora": []}):  # who knows nothing of adapters gets the base
-            answer = post(f"{address}/v1/chat/completions", plain | body)
-            assert answer["choices"][0]["message"]["content"] == wanted[None]
+            assert without_a_name(address, body) == wanted[None]
         with pytest.raises(
             KeyError, match=r"no adapter 'queequeg' is served, use one of \['ahab', 'ishmael'\]"
         ):
             chat(address, HELLO, "queequeg")
+
+
+def without_a_name(address, body):
+    """The answer that a client gets which names no adapter."""
+    plain = {"messages": HELLO, "max_tokens": 12, "temperature": 0}
+    return post(f"{address}/v1/chat/completions", plain | body)["choices"][0]["message"]["content"]
+
+
+def test_at_scale_1_a_request_without_a_name_gets_the_sum_and_chat_what_it_names(files):
+    model, tokenizer = small_lm()
+    adapters = [files / "ahab.gguf", files / "ishmael.gguf"]
+    with serve(files / "base.gguf", adapters, 256, exact=True, scale=1.0) as address:
+        text = post(f"{address}/apply-template", {"messages": HELLO})["prompt"]
+        both = PeftModel.from_pretrained(copy.deepcopy(model), str(files / "ahab"), "ahab")
+        both.load_adapter(str(files / "ishmael"), "ishmael")
+        both.base_model.set_adapter(["ahab", "ishmael"])
+        wanted = transformers_says(both.eval(), tokenizer, text, 12)
+        alone = transformers_says(model, tokenizer, text, 12)
+        assert wanted != alone
+        assert [without_a_name(address, body) for body in ({}, {"lora": []})] == [wanted] * 2
+        assert chat(address, HELLO, max_tokens=12) == alone
 
 
 def test_a_prompt_beyond_the_context_is_refused_and_the_server_goes_on(files):
@@ -183,8 +203,9 @@ def test_without_llama_cpp_it_says_what_to_install(files, monkeypatch):
 def test_an_error_in_the_block_ends_the_server_and_passes(files):
     with pytest.raises(KeyboardInterrupt), serve(files / "base.gguf") as address:
         raise KeyboardInterrupt
-    with pytest.raises(RuntimeError, match="no server answers at"):
-        chat(address, HELLO)
+    for ask in (lambda: chat(address, HELLO), lambda: post(f"{address}/tokenize", {"content": "a"})):
+        with pytest.raises(RuntimeError, match="no server answers at"):
+            ask()
 
 
 def test_a_server_that_does_not_end_is_killed(files, monkeypatch):

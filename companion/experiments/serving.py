@@ -30,6 +30,8 @@ SETTINGS = {"model": "smollm2-135m", "prompts": 50, "tokens": 16}
 ADAPTER = {"r": 16, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear"}
 ADAPTER |= {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 8}}
 TASKS = ("wordnet", "spam")
+# Speed: adapters, each for a row of its own, and the tokens of a row.
+SIZES = [(count, 1) for count in (1, 2, 4, 8, 16, 32, 64)] + [(8, 32)]
 STD = 0.03  # of B; how many answers such an adapter changes is recorded
 # Part, kind, with an adapter, and what was forgotten.
 CASES = [(kind, False, None) for kind in ("F32", "F16", "Q8_0", "Q4_0")]
@@ -59,7 +61,7 @@ def forget(step: str | None, stack: ExitStack) -> None:
 def random_adapter(model, folder: Path, seed: int = 0):
     """An adapter over all linears whose B is noise, saved by PEFT; returns PEFT's model."""
     torch.manual_seed(seed)
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**ADAPTER)).eval()
+    adapted = get_peft_model(sharing(model), LoraConfig(**ADAPTER)).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=STD)
@@ -143,58 +145,64 @@ def run_answers(settings: dict) -> None:
             print(kind, has_adapter, step, figures, flush=True)
 
 
+def sharing(model):
+    """A copy of a model with modules of its own and the same weights, which take no more memory."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
 @torch.no_grad()
-def seconds(function, rounds: int = 5) -> float:
-    """The least time of a call [s] after one to warm up."""
-    function()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(ways: dict, rounds: int) -> dict[str, list[float]]:
+    """How long each call takes [s], in rounds in which all take turns, after one to warm up."""
+    times = {name: [] for name in ways}
+    for number in range(1 + rounds):
+        for name, call in ways.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
-def run_speed(settings: dict, rows: int = 8) -> None:
-    """A forward pass of a batch: the base, one adapter for all, mixed here, mixed by PEFT, row by row."""
+def run_speed(settings: dict) -> None:
+    """A forward pass of a batch in which every row has an adapter of its own, in each way."""
     model, _ = load_base_model(settings["model"], device="cpu")
-    for count in (1, 8, 64):
-        for tokens in (1, 32):
-            configuration = {"part": "speed", "adapters": count, "rows": rows, "tokens": tokens}
-            if measured.is_recorded("serving", configuration, 0):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                figures = _times(model, Path(folder), count, rows, tokens)
-            measured.record("serving", configuration, figures, 0)
-            print(configuration, figures, flush=True)
+    for count, tokens in SIZES:
+        configuration = {"model": settings["model"], "part": "speed", "adapters": count, "tokens": tokens}
+        if measured.is_recorded("serving", configuration, 0):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            figures = _times(model, Path(folder), count, tokens)
+        measured.record("serving", configuration, figures, 0)
+        print(configuration, {name: min(times) for name, times in figures.items()}, flush=True)
 
 
-def _times(model, place: Path, count: int, rows: int, tokens: int) -> dict[str, float]:
-    """Seconds of each way, for a batch whose rows take turns among the adapters."""
+def _times(model, place: Path, count: int, tokens: int, rounds: int = 6) -> dict[str, list[float]]:
+    """Seconds of each way in each round: base, one adapter for all, mixed here, by PEFT, row by row."""
     names = [f"adapter{i}" for i in range(count)]
     for seed, name in enumerate(names):
         random_adapter(model, place / name, seed)
-    x, own = torch.randint(1000, (rows, tokens)), [names[i % count] for i in range(rows)]
-    mixed, alone = copy.deepcopy(model), copy.deepcopy(model)
+    x = torch.randint(1000, (count, tokens), generator=torch.Generator().manual_seed(0))
+    mixed, alone = sharing(model), sharing(model)
     serving.load_adapters(mixed, {name: place / name for name in names})
-    serving.use_adapters(mixed, own)
+    serving.use_adapters(mixed, names)
     load_adapter(alone, place / names[0])
-    peft = PeftModel.from_pretrained(copy.deepcopy(model), str(place / names[0]), names[0]).eval()
+    peft = PeftModel.from_pretrained(sharing(model), str(place / names[0]), names[0]).eval()
     for name in names[1:]:
         peft.load_adapter(str(place / name), name)
 
     def row_by_row():
-        for i, name in enumerate(own):
+        for i, name in enumerate(names):
             peft.set_adapter(name)
             peft(x[i : i + 1])
 
-    return {
-        "base": seconds(lambda: model(x)),
-        "one_for_all": seconds(lambda: alone(x)),
-        "mixed": seconds(lambda: mixed(x)),
-        "peft_mixed": seconds(lambda: peft(x, adapter_names=own)),
-        "row_by_row": seconds(row_by_row),
+    ways = {
+        "base": lambda: model(x),
+        "one_for_all": lambda: alone(x),
+        "mixed": lambda: mixed(x),
+        "peft_mixed": lambda: peft(x, adapter_names=names),
+        "row_by_row": row_by_row,
     }
+    return seconds(ways, rounds)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,10 +22,10 @@ def main(settings: dict) -> None:
 
 
 def _parameters(llama, settings: dict):
-    """llama.cpp's parameters; adapters begin with scale 0, so that a request that names none gets none."""
+    """llama.cpp's parameters; `scale` is for requests that name no adapter, 0 gives them none."""
     params = llama.CommonParams()
     params.model.path = settings["model"]
-    params.lora_adapters = [_adapter(llama, path) for path in settings["adapters"]]
+    params.lora_adapters = [_adapter(llama, path, settings["scale"]) for path in settings["adapters"]]
     params.n_ctx = settings["context"] * settings["parallel"]
     params.n_parallel, params.port = settings["parallel"], settings["port"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
@@ -36,9 +36,9 @@ def _parameters(llama, settings: dict):
     return params
 
 
-def _adapter(llama, path: str):
+def _adapter(llama, path: str, scale: float):
     adapter = llama.CommonAdapterLoraInfo()
-    adapter.path, adapter.scale = path, 0.0
+    adapter.path, adapter.scale = path, scale
     return adapter
 
 

@@ -27,14 +27,15 @@ def serve(
     threads: int = 1,
     port: int = 0,
     exact: bool = False,
+    scale: float = 0.0,
 ) -> Iterator[str]:
     """Serve a GGUF model, and GGUF adapters over it, on loopback; yields the address, http://127.0.0.1:PORT.
 
     OpenAI's protocol is under /v1. `context` [tokens], which llama.cpp rounds up to multiples of 256, is for
     each of `parallel` requests at a time; `port` 0 is a free one. `exact` computes as transformers does,
-    without flash attention and with keys and values in float32. Adapters start with scale 0, as llama.cpp
-    otherwise applies all of them where a request names none; `chat` names one by its file's name. The server
-    is a child process, which ends with the block or with this process.
+    without flash attention and with keys and values in float32. `scale` is that of all adapters where a
+    request names none: 0 is the base alone, llama.cpp's own is 1, which is their sum. `chat` names one by its
+    file's name. The server is a child process, which ends with the block or with this process.
 
     Raises FileNotFoundError; ValueError: two adapters of one name; ImportError: no xllamacpp; RuntimeError:
     the server did not start (a damaged file, an adapter for another base, a port taken), with its last words.
@@ -49,7 +50,7 @@ def serve(
     if importlib.util.find_spec("xllamacpp") is None:
         raise ImportError('llama.cpp is not installed. Run: pip install "xllamacpp>=2026.10.11549"')
     settings = {"model": str(paths[0]), "adapters": [str(path) for path in paths[1:]], "context": context}
-    settings |= {"parallel": parallel, "threads": threads, "port": port, "exact": exact}
+    settings |= {"parallel": parallel, "threads": threads, "port": port, "exact": exact, "scale": scale}
     with tempfile.TemporaryFile() as log, _child(settings, log) as child:
         address = child.stdout.readline().decode().strip()
         if not address:
@@ -103,6 +104,16 @@ def chat(
     scales = [{"id": index, "scale": float(name == adapter)} for name, index in loaded.items()]
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "lora": scales}
     return "".join(_pieces(f"{address}/v1/chat/completions", body, timeout))
+
+
+def post(address: str, body: dict, timeout: float = 600.0) -> dict:
+    """What an address answers to a JSON body, as any client of OpenAI's protocol would ask it.
+
+    Raises RuntimeError: what the server refuses, in its words, or no server there; TimeoutError: not a word
+    in `timeout` [s].
+    """
+    with _opened(address, body, timeout) as answer:
+        return json.load(answer)
 
 
 def _pieces(address: str, body: dict, timeout: float) -> Iterator[str]:
