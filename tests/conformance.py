@@ -1,0 +1,185 @@
+"""What becomes of an adapter of each kind in each way of using it: equal, refused by name, or wrong.
+
+A cell is measured as the largest difference of log-probabilities [nats] to the model that was trained, over
+all positions and tokens; for llama.cpp and vLLM over those tokens that they say. Over a base in four bits the
+trained model is the adapter kept apart over that same base.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from conformance_kinds import KINDS, Kind, base_model, prompts, trained
+from llama_cpp import judged, llama_cpp
+from lora2qlora.adapters import load_adapter, merge_lora, merge_quantized
+from lora2qlora.lab.models import keep_trainable
+from lora2qlora.qlora import quantize_base
+from lora2qlora.serving import export_adapter, export_model, load_adapters, use_adapters
+from peft import PeftModel
+from served import small_lm
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+BOUND = 1e-4  # what float32 may differ by: 2e-5 was the largest measured
+WRONG = 1e-2  # what is no rounding any more; nothing may lie between
+TOKENS = 8
+
+
+class Case:
+    """A kind's base, its adapter saved in a folder, and what the trained model says."""
+
+    def __init__(self, kind: Kind, place: Path):
+        self.kind, self.place, self.folder = kind, place, place / "adapter"
+        base = base_model(kind)
+        self.model = trained(kind, base, self.folder)
+        trained(kind, base, place / "other", seed=1)
+        self.prompts = prompts(kind)
+        self.wanted = self.says(self.model)
+        self.effect = apart(self.says(base), self.wanted)
+
+    def base(self) -> nn.Module:
+        """A fresh base."""
+        return base_model(self.kind)
+
+    def four_bits(self) -> nn.Module:
+        """A fresh base in bitsandbytes' NF4, float32 beside it."""
+        folder = self.place / "base"
+        if not folder.exists():
+            self.base().save_pretrained(folder)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+        keep_trainable(model)
+        return model.eval()
+
+    @torch.no_grad()
+    def says(self, model: nn.Module, **options) -> Tensor:
+        """Log-probabilities [row, position, token]."""
+        return model(torch.tensor(self.prompts), **options).logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def of_answer(self, ids: list[int], answer: list[int]) -> Tensor:
+        """What the trained model gives the tokens of an answer."""
+        logits = self.model(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference."""
+    return (one - other).abs().max().item()
+
+
+def ours(case: Case) -> float:
+    model = case.base()
+    load_adapter(model, case.folder)
+    return apart(case.says(model), case.wanted)
+
+
+def peft(case: Case) -> float:
+    return apart(case.says(PeftModel.from_pretrained(case.base(), str(case.folder)).eval()), case.wanted)
+
+
+def our_merge(case: Case) -> float:
+    model = case.base()
+    load_adapter(model, case.folder)
+    return apart(case.says(merge_lora(model)), case.wanted)
+
+
+def peft_merge(case: Case) -> float:
+    merged = PeftModel.from_pretrained(case.base(), str(case.folder)).merge_and_unload()
+    return apart(case.says(merged.eval()), case.wanted)
+
+
+def peft_merge_saved(case: Case) -> float:
+    merged = PeftModel.from_pretrained(case.base(), str(case.folder)).merge_and_unload()
+    merged.save_pretrained(case.place / "merged")
+    again = AutoModelForCausalLM.from_pretrained(case.place / "merged", dtype=torch.float32)
+    return apart(case.says(again.eval()), case.wanted)
+
+
+def our_merge_nf4(case: Case) -> float:
+    model = case.base()
+    quantize_base(model, compute_dtype=torch.float32)
+    load_adapter(model, case.folder)
+    return apart(case.says(merge_quantized(model, into=torch.float32)), case.says(model))
+
+
+def peft_merge_nf4(case: Case) -> float:
+    model = PeftModel.from_pretrained(case.four_bits(), str(case.folder)).eval()
+    before = case.says(model)
+    return apart(case.says(model.merge_and_unload()), before)
+
+
+def weighted(case: Case) -> float:
+    model = PeftModel.from_pretrained(case.base(), str(case.folder), adapter_name="one").eval()
+    model.load_adapter(str(case.place / "other"), "other")
+    model.add_weighted_adapter(["one", "other"], [1.0, 0.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    return apart(case.says(model.eval()), case.wanted)
+
+
+def peft_batched(case: Case) -> float:
+    model = PeftModel.from_pretrained(case.base(), str(case.folder), adapter_name="one").eval()
+    model.load_adapter(str(case.place / "other"), "other")
+    return apart(case.says(model, adapter_names=["one", "__base__", "one"])[[0, 2]], case.wanted[[0, 2]])
+
+
+def batched(case: Case) -> float:
+    model = case.base()
+    load_adapters(model, {"one": case.folder, "other": case.place / "other"})
+    use_adapters(model, ["one", None, "one"])
+    return apart(case.says(model)[[0, 2]], case.wanted[[0, 2]])
+
+
+def gguf(case: Case) -> float:
+    base = case.base()
+    export_adapter(case.folder, base.config, case.place / "adapter.gguf")
+    export_model(base, small_lm()[1], case.place / "base.gguf", "F32")
+    with llama_cpp(case.place / "base.gguf", case.place / "adapter.gguf") as ask:
+        said = [judged(ask, ids, TOKENS, [1.0]) for ids in case.prompts]
+    pairs = zip(case.prompts, said, strict=True)
+    return max(apart(logs, case.of_answer(ids, answer)) for ids, (answer, logs) in pairs)
+
+
+WAYS: dict[str, Callable[[Case], float]] = {
+    "`load_adapter`": ours,
+    "PEFT, loaded again": peft,
+    "`merge_lora`": our_merge,
+    "PEFT's merge": peft_merge,
+    "PEFT's merge, saved and loaded": peft_merge_saved,
+    "`merge_quantized` over NF4": our_merge_nf4,
+    "PEFT's merge over 4 bits": peft_merge_nf4,
+    "PEFT's sum with weights 1 and 0": weighted,
+    "PEFT's mixed batch": peft_batched,
+    "`load_adapters` (batch)": batched,
+    "GGUF in llama.cpp": gguf,
+}
+
+
+def cell(way: Callable[[Case], float], case: Case) -> dict:
+    """One way's result: {"result": equal, wrong or refused, "largest" or "words", "warned"}."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            largest = way(case)
+        except Exception as error:  # each is looked at: its words go into the record
+            words = f"{type(error).__name__}: {error}".replace(f"{case.folder}/", "").replace("\n", " ")
+            return {"result": "refused", "words": words[:160]}
+    said = [str(one.message) for one in heard if issubclass(one.category, UserWarning)]
+    if BOUND < largest < WRONG:
+        raise AssertionError(f"{way.__name__}: {largest} is neither equal nor wrong")
+    result = "equal" if largest <= BOUND else "wrong"
+    return {"result": result, "largest": float(f"{largest:.2g}"), "warned": said[0][:160] if said else ""}
+
+
+def measure(names=tuple(KINDS), ways=tuple(WAYS)) -> dict[str, dict]:
+    """Kind -> {"effect": what the adapter changes [nats], "cells": way -> cell}."""
+    record = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case = Case(KINDS[name], Path(folder))
+            cells = {way: cell(WAYS[way], case) for way in ways}
+        record[name] = {"effect": float(f"{case.effect:.2g}"), "cells": cells}
+    return record
