@@ -7,7 +7,8 @@ trained model is the adapter kept apart over that same base.
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 BOUND = 1e-4  # what float32 may differ by: 2e-5 was the largest measured
 WRONG = 1e-2  # what is no rounding any more; nothing may lie between
 TOKENS = 8
+LONGEST = 160
 
 
 class Case:
@@ -36,12 +38,13 @@ class Case:
         self.model = trained(kind, base, self.folder)
         trained(kind, base, place / "other", seed=1)
         self.prompts = prompts(kind)
-        self.wanted = self.says(self.model)
-        self.effect = apart(self.says(base), self.wanted)
+        self.wanted, of_base = self.says(self.model), self.says(base)
+        self.effect = apart(of_base, self.wanted)
+        self.mixed = torch.stack([self.wanted[0], of_base[1], self.wanted[2]])
 
     def base(self) -> nn.Module:
-        """A fresh base."""
-        return base_model(self.kind)
+        """The base as a reader loads it; if it is resized, its new rows are not those of the training."""
+        return base_model(self.kind, rows=1)
 
     def four_bits(self) -> nn.Module:
         """A fresh base in bitsandbytes' NF4, float32 beside it."""
@@ -88,11 +91,6 @@ def our_merge(case: Case) -> float:
 
 def peft_merge(case: Case) -> float:
     merged = PeftModel.from_pretrained(case.base(), str(case.folder)).merge_and_unload()
-    return apart(case.says(merged.eval()), case.wanted)
-
-
-def peft_merge_saved(case: Case) -> float:
-    merged = PeftModel.from_pretrained(case.base(), str(case.folder)).merge_and_unload()
     merged.save_pretrained(case.place / "merged")
     again = AutoModelForCausalLM.from_pretrained(case.place / "merged", dtype=torch.float32)
     return apart(case.says(again.eval()), case.wanted)
@@ -122,14 +120,14 @@ def weighted(case: Case) -> float:
 def peft_batched(case: Case) -> float:
     model = PeftModel.from_pretrained(case.base(), str(case.folder), adapter_name="one").eval()
     model.load_adapter(str(case.place / "other"), "other")
-    return apart(case.says(model, adapter_names=["one", "__base__", "one"])[[0, 2]], case.wanted[[0, 2]])
+    return apart(case.says(model, adapter_names=["one", "__base__", "one"]), case.mixed)
 
 
 def batched(case: Case) -> float:
     model = case.base()
     load_adapters(model, {"one": case.folder, "other": case.place / "other"})
     use_adapters(model, ["one", None, "one"])
-    return apart(case.says(model)[[0, 2]], case.wanted[[0, 2]])
+    return apart(case.says(model), case.mixed)
 
 
 def gguf(case: Case) -> float:
@@ -142,44 +140,59 @@ def gguf(case: Case) -> float:
     return max(apart(logs, case.of_answer(ids, answer)) for ids, (answer, logs) in pairs)
 
 
-WAYS: dict[str, Callable[[Case], float]] = {
+OURS: dict[str, Callable[[Case], float]] = {
     "`load_adapter`": ours,
-    "PEFT, loaded again": peft,
     "`merge_lora`": our_merge,
-    "PEFT's merge": peft_merge,
-    "PEFT's merge, saved and loaded": peft_merge_saved,
     "`merge_quantized` over NF4": our_merge_nf4,
-    "PEFT's merge over 4 bits": peft_merge_nf4,
-    "PEFT's sum with weights 1 and 0": weighted,
-    "PEFT's mixed batch": peft_batched,
-    "`load_adapters` (batch)": batched,
-    "GGUF in llama.cpp": gguf,
+    "`load_adapters`, mixed batch": batched,
+    "`export_adapter`, llama.cpp": gguf,
 }
+THEIRS: dict[str, Callable[[Case], float]] = {
+    "PEFT, loaded again": peft,
+    "PEFT's merge, saved": peft_merge,
+    "PEFT's merge over 4 bits": peft_merge_nf4,
+    "PEFT's sum, weights 1 and 0": weighted,
+    "PEFT's mixed batch": peft_batched,
+}
+WAYS = OURS | THEIRS
 
 
 def cell(way: Callable[[Case], float], case: Case) -> dict:
-    """One way's result: {"result": equal, wrong or refused, "largest" or "words", "warned"}."""
+    """One way's result: result (equal, refused, wrong) with words, largest and warned."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
             largest = way(case)
-        except Exception as error:  # each is looked at: its words go into the record
-            words = f"{type(error).__name__}: {error}".replace(f"{case.folder}/", "").replace("\n", " ")
-            return {"result": "refused", "words": words[:160]}
+        except (ValueError, KeyError) as error:  # what else there may be is no refusal, but a fault
+            return refused(error.args[0].replace(f"{case.folder}/", ""))
     said = [str(one.message) for one in heard if issubclass(one.category, UserWarning)]
+    return judge(largest, said[-1] if said else "")
+
+
+def refused(words: str) -> dict:
+    return {"result": "refused", "words": " ".join(words.split())[:LONGEST]}
+
+
+def judge(largest: float, warned: str = "") -> dict:
+    """The cell of this difference; AssertionError where it is neither rounding nor an error."""
     if BOUND < largest < WRONG:
-        raise AssertionError(f"{way.__name__}: {largest} is neither equal nor wrong")
-    result = "equal" if largest <= BOUND else "wrong"
-    return {"result": result, "largest": float(f"{largest:.2g}"), "warned": said[0][:160] if said else ""}
+        raise AssertionError(f"{largest} is neither equal nor wrong")
+    if largest <= BOUND:
+        return {"result": "equal", "largest": float(f"{largest:.2g}")}
+    return {"result": "wrong", "largest": float(f"{largest:.2g}"), "warned": warned[:LONGEST]}
 
 
-def measure(names=tuple(KINDS), ways=tuple(WAYS)) -> dict[str, dict]:
-    """Kind -> {"effect": what the adapter changes [nats], "cells": way -> cell}."""
-    record = {}
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+@contextmanager
+def case_of(name: str) -> Iterator[Case]:
+    """A kind's case, in a folder that is there for the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the training: each cell hears its own
             case = Case(KINDS[name], Path(folder))
-            cells = {way: cell(WAYS[way], case) for way in ways}
-        record[name] = {"effect": float(f"{case.effect:.2g}"), "cells": cells}
-    return record
+        yield case
+
+
+def measure(name: str, ways: Iterable[str] = tuple(WAYS)) -> dict:
+    """{"effect": what the adapter changes [nats], "cells": way -> cell} of a kind."""
+    with case_of(name) as case:
+        return {"effect": float(f"{case.effect:.2g}"), "cells": {way: cell(WAYS[way], case) for way in ways}}

@@ -55,14 +55,14 @@ KINDS = {
 }
 
 
-def base_model(kind: Kind) -> nn.Module:
-    """The base as a reader loads it: the same numbers each time, but for the new rows of a resized one."""
+def base_model(kind: Kind, rows: int = 0) -> nn.Module:
+    """The base: always the same numbers, except for the new rows of a resized one, drawn with this seed."""
     torch.manual_seed(0)
     if kind.is_moe:
         return random_weights(Qwen3MoeForCausalLM(Qwen3MoeConfig(**MOE | kind.config)))
     model = random_weights(LlamaForCausalLM(LlamaConfig(**SMALL | kind.config)))
     if kind.is_resized:
-        torch.seed()
+        torch.manual_seed(rows)
         model.resize_token_embeddings(SMALL["vocab_size"] + MORE, mean_resizing=False)
     return model
 
