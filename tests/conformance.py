@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 BOUND = 1e-4  # what float32 may differ by: 2e-5 was the largest measured
 WRONG = 1e-2  # what is no rounding any more; nothing may lie between
 TOKENS = 8
-LONGEST = 160
+LONGEST = 160  # characters of what a tool says
 
 
 class Case:
