@@ -90,10 +90,14 @@ def our_merge(case: Case) -> float:
 
 
 def peft_merge(case: Case) -> float:
-    merged = PeftModel.from_pretrained(case.base(), str(case.folder)).merge_and_unload()
+    return apart(case.says(merged_and_saved(case, case.base())), case.wanted)
+
+
+def merged_and_saved(case: Case, base: nn.Module) -> nn.Module:
+    """The adapter merged into this base by PEFT, saved and loaded again."""
+    merged = PeftModel.from_pretrained(base, str(case.folder)).merge_and_unload()
     merged.save_pretrained(case.place / "merged")
-    again = AutoModelForCausalLM.from_pretrained(case.place / "merged", dtype=torch.float32)
-    return apart(case.says(again.eval()), case.wanted)
+    return AutoModelForCausalLM.from_pretrained(case.place / "merged", dtype=torch.float32).eval()
 
 
 def our_merge_nf4(case: Case) -> float:
@@ -110,11 +114,16 @@ def peft_merge_nf4(case: Case) -> float:
 
 
 def weighted(case: Case) -> float:
+    return apart(case.says(summed(case)), case.wanted)
+
+
+def summed(case: Case) -> nn.Module:
+    """PEFT's sum of this adapter and another of its kind, with weights 1 and 0."""
     model = PeftModel.from_pretrained(case.base(), str(case.folder), adapter_name="one").eval()
     model.load_adapter(str(case.place / "other"), "other")
     model.add_weighted_adapter(["one", "other"], [1.0, 0.0], "sum", combination_type="cat")
     model.set_adapter("sum")
-    return apart(case.says(model.eval()), case.wanted)
+    return model.eval()
 
 
 def peft_batched(case: Case) -> float:
@@ -133,9 +142,14 @@ def batched(case: Case) -> float:
 def gguf(case: Case) -> float:
     base = case.base()
     export_adapter(case.folder, base.config, case.place / "adapter.gguf")
-    export_model(base, small_lm()[1], case.place / "base.gguf", "F32")
-    with llama_cpp(case.place / "base.gguf", case.place / "adapter.gguf") as ask:
-        said = [judged(ask, ids, TOKENS, [1.0]) for ids in case.prompts]
+    return in_llama_cpp(case, base, case.place / "adapter.gguf")
+
+
+def in_llama_cpp(case: Case, model: nn.Module, *adapters: Path) -> float:
+    """What llama.cpp says through a model's GGUF and these adapters, against the trained model."""
+    export_model(model, small_lm()[1], case.place / "model.gguf", "F32")
+    with llama_cpp(case.place / "model.gguf", *adapters) as ask:
+        said = [judged(ask, ids, TOKENS, [1.0] * len(adapters)) for ids in case.prompts]
     pairs = zip(case.prompts, said, strict=True)
     return max(apart(logs, case.of_answer(ids, answer)) for ids, (answer, logs) in pairs)
 

@@ -35,7 +35,7 @@ class Kind:
 TIED = {"tie_word_embeddings": True}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PATTERNS = {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 12}, "alpha_pattern": {"up_proj": 40}}
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj"]  # one: PEFT writes several in any order
 KINDS = {
     "plain LoRA": Kind(),
     "rsLoRA": Kind(options={"use_rslora": True}),

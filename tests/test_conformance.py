@@ -13,6 +13,8 @@ import serve_vllm
 import torch
 from conformance_kinds import KINDS
 from lora2qlora.lora import LoRALinear
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 ROOT = conformance_page.ROOT
 RECORD = conformance_page.stored()
@@ -76,6 +78,51 @@ def test_this_package_is_nowhere_wrong():
 def test_the_page_says_what_the_record_says():
     text = (ROOT / conformance_page.PAGE).read_text(encoding="utf-8")
     assert text == conformance_page.page(ROOT, RECORD)
+
+
+# --- that the advice works -------------------------------------------------------------------------
+
+TIED = "LoRA on a tied head"
+LLAMAS = [name for name, kind in KINDS.items() if not kind.is_moe and name != TIED]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", LLAMAS)
+def test_merged_by_peft_and_exported_it_is_equal_in_llama_cpp(kind):
+    pytest.importorskip("xllamacpp")
+    with conformance.case_of(kind) as case:
+        merged = conformance.merged_and_saved(case, case.base())
+        assert conformance.in_llama_cpp(case, merged) <= conformance.BOUND
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_of_its_own_is_merged_right():
+    with conformance.case_of(TIED) as case:
+        base = case.base()
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+        merged = conformance.merged_and_saved(case, base)
+        assert conformance.apart(case.says(merged), case.wanted) <= conformance.BOUND
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sum_of_rslora_is_equal_with_scaling_1():
+    with conformance.case_of("rsLoRA") as case:
+        model = conformance.summed(case)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scaling["sum"] = 1.0
+        assert conformance.apart(case.says(model), case.wanted) <= conformance.BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_of_four_bits_is_merged_right_when_dequantized_first():
+    with conformance.case_of("rsLoRA") as case:
+        folder = str(case.folder)
+        kept = case.says(PeftModel.from_pretrained(case.four_bits(), folder).eval())
+        merged = conformance.merged_and_saved(case, case.four_bits().dequantize())
+        assert conformance.apart(case.says(merged), kept) <= conformance.BOUND
 
 
 # --- that the checks can fail ----------------------------------------------------------------------
