@@ -22,7 +22,7 @@ PAGE   := _build/html/index.html
   conformance-page outputs lab lint format repository data clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.installed: environment.yml
 	@echo "==> environment in $(VENV) (once; about a minute and 3 GB)"

@@ -12,6 +12,7 @@ import pytest
 import serve_vllm
 import torch
 from conformance_kinds import KINDS
+from lora2qlora.lab import measured
 from lora2qlora.lora import LoRALinear
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -180,6 +181,22 @@ def test_what_is_wrong_needs_advice_and_advice_something_wrong():
     equal = {"result": "equal", "largest": 0.0}
     with pytest.raises(ValueError, match="is not wrong any more"):
         conformance_page.tables(changed("rsLoRA", "PEFT's sum, weights 1 and 0", equal))
+
+
+# --- vLLM, on record -------------------------------------------------------------------------------
+
+
+def test_vllms_rows_without_an_adapter_get_the_last_one_where_all_slots_are_taken():
+    """The advice about `max_loras`; every other row answers as transformers does."""
+    records = [r for r in measured.load("serving_vllm") if r.configuration["prompts"] == 20]
+    assert {r.configuration["slots"] for r in records} == {2, 3}
+    for record in records:
+        assert record.figures["largest_difference"] < 1e-3
+        assert min(record.figures["changed_by_adapter"].values()) > 15
+        for name, row in record.figures["batches"].items():
+            is_taken = name == "mixed: base" and record.configuration["slots"] == 2
+            assert row["right"] == (0 if is_taken else row["rows"]), name
+            assert not is_taken or row["as_the_last_adapter"] == row["rows"]
 
 
 # --- vLLM without vLLM -----------------------------------------------------------------------------
