@@ -183,8 +183,14 @@ def cell(way: Callable[[Case], float], case: Case) -> dict:
     return judge(largest, said[-1] if said else "")
 
 
+def shortened(words: str) -> str:
+    """What a tool says, on one line."""
+    words = " ".join(words.split())
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
+
+
 def refused(words: str) -> dict:
-    return {"result": "refused", "words": " ".join(words.split())[:LONGEST]}
+    return {"result": "refused", "words": shortened(words)}
 
 
 def judge(largest: float, warned: str = "") -> dict:
@@ -193,7 +199,7 @@ def judge(largest: float, warned: str = "") -> dict:
         raise AssertionError(f"{largest} is neither equal nor wrong")
     if largest <= BOUND:
         return {"result": "equal", "largest": float(f"{largest:.2g}")}
-    return {"result": "wrong", "largest": float(f"{largest:.2g}"), "warned": warned[:LONGEST]}
+    return {"result": "wrong", "largest": float(f"{largest:.2g}"), "warned": shortened(warned)}
 
 
 @contextmanager

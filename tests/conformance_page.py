@@ -81,7 +81,7 @@ def wrong(record: dict) -> list[str]:
             raise ValueError(f"{way}, {kind}: is not wrong any more; take it out of WRONG")
         found = {key: cell for key, cell in found.items() if key not in mine}
         warned, _ = Counter(cell["warned"] for cell in mine.values()).most_common(1)[0]
-        said = _plain(f"{warned}…") if warned else "nothing"
+        said = _plain(warned) if warned else "nothing"
         lines.append(f"| {way} | {kind or 'every kind'} | {said} | {report} | {advice} |")
     if found:
         raise ValueError(f"wrong, and nothing in WRONG says what to do: {sorted(found)}")
