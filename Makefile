@@ -18,11 +18,11 @@ RIGHT  := import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 
   $(PYTHON) is %s. Try: make PYTHON=python3.11" % sys.version.split()[0])
 PAGE   := _build/html/index.html
 
-.PHONY: help setup book test test-fast test-long test-browser bench mutants fuzz drift drift-here versions-page outputs lab lint \
-  format repository data clean
+.PHONY: help setup book test test-fast test-long test-browser bench mutants fuzz drift drift-here versions-page serve-vllm \
+  conformance-page outputs lab lint format repository data clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.installed: environment.yml
 	@echo "==> environment in $(VENV) (once; about a minute and 3 GB)"
@@ -95,6 +95,20 @@ drift-here:  ## the same checks with the versions that PYTHON has
 
 versions-page:  ## write the tables of book/versions.md from the record of make drift
 	@$(PYTHON) tests/drift_page.py
+
+.vllm/.installed: tests/stacks/vllm.txt
+	@echo "==> vLLM for a CPU, in an environment of its own in .vllm (3 GB)"
+	@$(PYTHON) -c '$(RIGHT)'
+	@rm -rf .vllm && $(PYTHON) -m venv .vllm
+	@.vllm/bin/pip install -q --disable-pip-version-check -r $<
+	@.vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+serve-vllm: setup .vllm/.installed  ## vLLM with two adapters against transformers, recorded; for Linux on x86-64
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python companion/experiments/serve_vllm.py
+
+conformance-page: setup  ## measure every kind of adapter in every way of using it; write book/conformance.md
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/conformance_page.py
 
 outputs: setup  ## re-execute every notebook and store its outputs
 	@$(OFFLINE) $(BIN)/python tests/book_outputs.py

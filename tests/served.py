@@ -49,8 +49,12 @@ def random_model(kind: str) -> nn.Module:
     It says ASCII only, as llama.cpp's server gives no probabilities of half a letter.
     """
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
-    for name, parameter in model.named_parameters():
+    return random_weights(MODELS[kind]())
+
+
+def random_weights(model: nn.Module) -> nn.Module:
+    """This model in eval mode, with such weights."""
+    for name, parameter in model.eval().named_parameters():
         around = 1.0 if "norm" in name else 0.0
         nn.init.normal_(parameter, around, 0.3 if parameter.ndim == 1 else 0.25)
     tokenizer = small_lm()[1]

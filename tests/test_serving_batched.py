@@ -1,16 +1,22 @@
 """serving.batched: every row through its own adapter, equal to each alone, and to PEFT's mixed batch."""
 
 import copy
+import logging
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from lora2qlora.adapters import add_lora, load_adapter, lora_layers, save_adapter
+from lora2qlora.lab.models import keep_trainable
 from lora2qlora.lora import LoRALinear
 from lora2qlora.qlora import NF4Linear, quantize_base
 from lora2qlora.serving import BatchedLoRALinear, load_adapters, use_adapters
 from peft import PeftModel
-from served import peft_adapter, random_model
+from served import SHAPE, peft_adapter, random_model, random_weights
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ROWS = ["a", None, "b", "b", "c", "a", None]
 OPTIONS = {
@@ -94,6 +100,55 @@ def test_a_layer_takes_rows_of_any_shape(shape):
     with torch.no_grad():
         wanted = torch.stack([adapters["b"](x[0]), base(x[1]), adapters["a"](x[2])])
         torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-6)
+
+
+def four_bits(tmp_path):
+    """A small model in bitsandbytes' NF4, its folder and three adapters for it, saved by PEFT."""
+    base = random_weights(LlamaForCausalLM(LlamaConfig(**SHAPE | {"intermediate_size": 128})))
+    base.save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def load():
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, dtype=torch.float32
+        )
+        keep_trainable(model)
+        return model.eval()
+
+    return load, folders(base, tmp_path)
+
+
+def test_over_bitsandbytes_each_row_is_that_of_its_adapter_alone_and_of_pefts_mixed_batch(tmp_path):
+    load, directories = four_bits(tmp_path)
+    model, x = load(), ids()
+    replaced = load_adapters(model, directories)
+    layers = [model.get_submodule(name) for name in replaced]
+    assert {type(layer.base) for layer in layers} == {bnb.nn.Linear4bit}
+    assert {(layer.A.dtype, layer.A.device.type) for layer in layers} == {(torch.float32, "cpu")}
+    use_adapters(model, ROWS)
+    got = logits(model, x)
+    peft = PeftModel.from_pretrained(load(), str(directories["a"]), adapter_name="a").eval()
+    for name in ("b", "c"):
+        peft.load_adapter(str(directories[name]), adapter_name=name)
+    wanted = logits(peft, x, adapter_names=[name or "__base__" for name in ROWS])
+    assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+    for name in (None, *OPTIONS):
+        alone = load()
+        if name:
+            load_adapter(alone, directories[name])
+        rows = [row for row, own in enumerate(ROWS) if own == name]
+        wanted = logits(alone, x)
+        assert (got[rows] - wanted[rows]).abs().max() <= 2e-6 * wanted.abs().max()
+        others = [row for row in range(len(ROWS)) if row not in rows]
+        assert (got[others] - wanted[others]).abs().amax((1, 2)).min() > 1e-2 * wanted.abs().max()
+
+
+def test_the_layer_says_its_base_s_weight_and_bias_as_an_adapted_one_does():
+    base = nn.Linear(8, 6)
+    layer = BatchedLoRALinear(base, {"a": filled(base, 2)})
+    assert layer.weight is base.weight
+    assert layer.bias is base.bias
+    assert sorted(layer.state_dict()) == ["A", "B", "base.bias", "base.weight", "scalings"]
 
 
 def filled(base, rank, alpha=4.0, dtype=torch.float32):

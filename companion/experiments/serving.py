@@ -58,10 +58,10 @@ def forget(step: str | None, stack: ExitStack) -> None:
         stack.enter_context(patch.object(*replaced[step]))
 
 
-def random_adapter(model, folder: Path, seed: int = 0):
+def random_adapter(model, folder: Path, seed: int = 0, **changed):
     """An adapter over all linears whose B is noise, saved by PEFT; returns PEFT's model."""
     torch.manual_seed(seed)
-    adapted = get_peft_model(sharing(model), LoraConfig(**ADAPTER)).eval()
+    adapted = get_peft_model(sharing(model), LoraConfig(**ADAPTER | changed)).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=STD)

@@ -42,6 +42,16 @@ class BatchedLoRALinear(nn.Module):
         for name, layer in adapters.items():
             self.put(name, layer)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, as LoRALinear says it: some models ask for its dtype."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias
+
     @torch.no_grad()
     def put(self, name: str, adapter: LoRALinear) -> None:
         """Put an adapter in the place of the one of this name: a hot swap; nothing is compiled again.
