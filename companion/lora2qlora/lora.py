@@ -185,6 +185,11 @@ def check_here(base: nn.Module, *above: nn.Module) -> None:
         )
 
 
+def is_plain_lora(layer: LoRALinear) -> bool:
+    """Whether a layer computes what LoRALinear does, so that A, B, rank and alpha say all of it."""
+    return type(layer).forward is LoRALinear.forward
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer: it says how many features come in and how many go out."""
     names = ("in_features", "out_features")
