@@ -10,12 +10,8 @@ from torch.nn import functional as F
 
 from lora2qlora.low_rank import check_rank
 
-FLOATS = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-)  # float8 can be neither drawn nor added
+# float8 can be neither drawn nor added.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LoRALinear(nn.Module):
