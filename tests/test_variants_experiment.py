@@ -6,8 +6,10 @@ import pytest
 import torch
 from lora2qlora.adapters import count_parameters, lora_layers
 from lora2qlora.lab import measured
+from lora2qlora.lab.models import SMALL_LM, load_small_lm
 from lora2qlora.qlora import NF4Linear
 from test_experiments import script
+from torch import nn
 from toy import toy_model
 
 IDS = torch.arange(3, 19)[None]
@@ -94,3 +96,37 @@ def test_what_cannot_be_corrected_is_not_run(variants, runs):
     runs.append("cut")
     variants.main(["--methods", "loftq", "--tasks", "wordnet", "--seeds", "1"])
     assert {r.configuration["base"] for r in measured.load("variants")} == {"nf4"}
+
+
+# PEFT's methods -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peft_methods(tmp_path, monkeypatch):
+    return script("peft_methods", tmp_path, monkeypatch)
+
+
+SMALL = {"model": str(SMALL_LM), "batch": 2, "length": 16, "steps": 3}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_facts_of_a_method_that_runs_are_those_of_its_layers(peft_methods):
+    facts = {name: peft_methods.run(name, SMALL) for name in ("LoRA", "DoRA", "layer norms")}
+    linears = {n: m for n, m in load_small_lm()[0].named_modules() if isinstance(m, nn.Linear)}
+    layers = [(m.in_features, m.out_features) for name, m in linears.items() if name != "lm_head"]
+    assert facts["LoRA"]["trainable"] == sum(8 * (a + b) for a, b in layers)
+    assert facts["DoRA"]["trainable"] == sum(8 * (a + b) + b for a, b in layers)
+    assert facts["layer norms"]["trainable"] == 6 * 2 * 192
+    for figures in facts.values():
+        assert (figures["moved_at_start"], figures["moved"]) == (0, 1)
+        assert 0 < figures["file_bytes"] - 4 * figures["trainable"] < 80_000  # names and shapes
+        assert "failed" not in figures
+    assert facts["DoRA"]["peak_bytes"] > facts["LoRA"]["peak_bytes"] > facts["layer norms"]["peak_bytes"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_facts_of_a_method_that_fails_are_its_words_and_where(peft_methods):
+    facts = peft_methods.run("PiSSA", SMALL)
+    assert facts["stage"] == "adding"
+    assert facts["failed"].startswith("TypeError: Please initialize PiSSA under float32")
+    assert "trainable" not in facts
