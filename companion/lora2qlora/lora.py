@@ -10,12 +10,8 @@ from torch.nn import functional as F
 
 from lora2qlora.low_rank import check_rank
 
-FLOATS = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-)  # float8 can be neither drawn nor added
+# float8 can be neither drawn nor added.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LoRALinear(nn.Module):
@@ -183,6 +179,11 @@ def check_here(base: nn.Module, *above: nn.Module) -> None:
             "accelerate offloads its weights, so that they are not there between two passes: load the model "
             "without offloading, or call accelerate.hooks.remove_hook_from_submodules(model) first"
         )
+
+
+def is_plain_lora(layer: LoRALinear) -> bool:
+    """Whether a layer computes what LoRALinear does, so that A, B, rank and alpha say all of it."""
+    return type(layer).forward is LoRALinear.forward
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora2qlora.adapters.checks import independent_copy
 from lora2qlora.adapters.names import naming, unwrapped
 from lora2qlora.adapters.targets import lora_layers
-from lora2qlora.lora import FLOATS, LoRALinear, check_here, check_merge, is_linear, own_hooks
+from lora2qlora.lora import FLOATS, LoRALinear, check_here, check_merge, is_linear, is_plain_lora, own_hooks
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
 
 
 def update_of(layer: LoRALinear) -> Float[Tensor, "out in"]:
-    """ΔW = (α / r) · B A in float32, whatever the adapters' dtype."""
+    """ΔW = (α / r) · B A in float32, whatever the adapters' dtype; a variant says itself what its ΔW is."""
+    if not is_plain_lora(layer):
+        return layer.delta_weight().float()
     return layer.scaling * (layer.lora_B.float() @ layer.lora_A.float())
 
 

@@ -13,7 +13,7 @@ from lora2qlora.adapters.model import put_adapters
 from lora2qlora.adapters.names import bare_name, naming
 from lora2qlora.adapters.peft_config import CONFIG, read_config, read_settings, write_config
 from lora2qlora.adapters.targets import lora_layers
-from lora2qlora.lora import FLOATS, LoRALinear
+from lora2qlora.lora import FLOATS, LoRALinear, is_plain_lora
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -77,7 +77,12 @@ def adapter_keys(name: str) -> tuple[str, str]:
 
 
 def check_whole(layer: LoRALinear) -> None:
-    """ValueError unless the numbers of A and B are here, all of them."""
+    """ValueError unless A and B are all that the layer trains, and their numbers are here."""
+    if not is_plain_lora(layer):
+        raise ValueError(
+            f"a {type(layer).__name__} trains more than A and B, which these files do not hold: merge it, or "
+            "save the tensors that train with safetensors"
+        )
     for weight, shape in (
         (layer.lora_A, (layer.rank, layer.in_features)),
         (layer.lora_B, (layer.out_features, layer.rank)),

@@ -56,11 +56,15 @@ def train(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     seed: int = 0,
+    groups: list[dict] | None = None,
 ) -> list[StepRecord]:
     """Train what requires a gradient, with AdamW: linear warm-up (a tenth of the steps), then linear decay.
 
-    Leaves the model in eval mode. Raises ValueError: steps < 1, nothing to train, batches that end
-    early, or a loss that is no longer finite (the message names the step and the learning rate).
+    `groups` are those of an optimizer, with rates of their own, such as LoRA+'s; without them all that trains
+    has `learning_rate`, and a record names the first group's. Leaves the model in eval mode.
+
+    Raises ValueError: steps < 1, nothing to train, batches that end early, or a loss that is no longer finite
+    (the message names the step and the learning rate).
     """
     from transformers import get_linear_schedule_with_warmup
 
@@ -71,7 +75,7 @@ def train(
             f"got steps={steps} and {len(parameters)} such parameters"
         )
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups or parameters, lr=learning_rate, weight_decay=weight_decay)
     warmup = steps // 10 if warmup_steps is None else warmup_steps
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
     iterator, records = iter(batches), []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora2qlora.adapters.model import replace
 from lora2qlora.adapters.targets import lora_layers
-from lora2qlora.lora import LoRALinear, check_adapter
+from lora2qlora.lora import LoRALinear, check_adapter, is_plain_lora
 from lora2qlora.serving.folders import read_adapter
 
 
@@ -134,8 +134,8 @@ def _check(base: nn.Module, adapters: Mapping[str, LoRALinear]) -> None:
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(f"need LoRALinears by name, got {adapters!r:.80}")
     for name, layer in adapters.items():
-        if not isinstance(layer, LoRALinear):
-            raise ValueError(f"{name} must be a LoRALinear, got {type(layer).__name__}")
+        if not isinstance(layer, LoRALinear) or not is_plain_lora(layer):
+            raise ValueError(f"{name} must be a plain LoRALinear, got {type(layer).__name__}")
         check_adapter(base, layer.rank, layer.alpha)
         got, here = (layer.out_features, layer.in_features), (base.out_features, base.in_features)
         if got != here:
