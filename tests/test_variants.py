@@ -25,7 +25,7 @@ from lora2qlora.variants import (
     eva_start,
     loftq,
     lora_plus_groups,
-    over_the_original,
+    as_plain_lora,
     pissa,
     rslora_alpha,
 )
@@ -227,14 +227,14 @@ def test_a_trained_pissa_is_a_plain_adapter_of_twice_the_rank():
     with torch.no_grad():
         layer.lora_A.add_(torch.randn_like(layer.lora_A))
         layer.lora_B.mul_(1.5)
-    plain = over_the_original(layer, start, linear)
+    plain = as_plain_lora(layer, start, linear)
     assert plain.rank == 8
     assert plain.scaling == layer.scaling
     assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-5)
-    wrong = over_the_original(layer, copy.deepcopy(layer), linear)
+    wrong = as_plain_lora(layer, copy.deepcopy(layer), linear)
     assert not torch.allclose(wrong(x), layer(x), atol=0.01)
     with pytest.raises(ValueError, match="pass a copy from before training"):
-        over_the_original(layer, pissa(linear, 3, 6), linear)
+        as_plain_lora(layer, pissa(linear, 3, 6), linear)
 
 
 @pytest.mark.parametrize("make", [pissa, loftq])

@@ -14,7 +14,7 @@ def pissa(linear: nn.Linear, rank: int, alpha: float) -> LoRALinear:
 
     It starts out equal to the given layer, which stays as it is, up to one rounding to W's dtype. Quantize
     the new base, and the remainder alone is rounded: that is QPiSSA. The adapter makes no sense over W:
-    before you save it for a model as it was published, turn it into a plain one by `over_the_original`.
+    before you save it for a model as it was published, turn it into a plain one by `as_plain_lora`.
 
     Raises ValueError: as LoRALinear, a weight that is quantized already or not finite; TypeError: no plain
     nn.Linear. Meng, Wang and Zhang 2024 (arXiv 2404.02948), equations 2 to 4.
@@ -29,7 +29,7 @@ def pissa(linear: nn.Linear, rank: int, alpha: float) -> LoRALinear:
 
 
 @torch.no_grad()
-def over_the_original(layer: LoRALinear, start: LoRALinear, linear: nn.Linear) -> LoRALinear:
+def as_plain_lora(layer: LoRALinear, start: LoRALinear, linear: nn.Linear) -> LoRALinear:
     """The same update as a plain adapter of rank 2 r over the layer that `pissa` was given.
 
     `start` is a copy of the layer from before training. s B A - s B' A' is s [B, -B'] [A; A'], so twice the
