@@ -22,10 +22,10 @@ from lora2qlora.serving import BatchedLoRALinear
 from lora2qlora.variants import (
     DoRALinear,
     adapt,
+    as_plain_lora,
     eva_start,
     loftq,
     lora_plus_groups,
-    as_plain_lora,
     pissa,
     rslora_alpha,
 )
