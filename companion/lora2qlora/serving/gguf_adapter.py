@@ -14,16 +14,17 @@ from lora2qlora.serving.gguf_shape import check_config
 
 
 def export_adapter(directory: str | os.PathLike, base_config, path: str | os.PathLike) -> None:
-    """Write the adapter that `save_adapter` or PEFT saved as a GGUF in float32, whole or not at all.
+    """Export an adapter saved by `save_adapter` or PEFT to a GGUF file in float32, completely or not at all.
 
     `base_config` is the config of the model that it is for (model.config). llama.cpp's update is
-    scale · (alpha / r) · B A, with one alpha for all modules and `scale` the user's. So alpha becomes the
-    largest rank R, and each B is multiplied by α / R: rsLoRA, alphas and ranks by module are kept, and scale
-    1 is the adapter as it was trained. The rows of B for q and k are put in llama.cpp's order.
+    scale · (alpha / r) · B A, with one alpha for all modules and a `scale` that the user chooses. So alpha
+    becomes the largest rank R, and each B is multiplied by α / R: rsLoRA and the alphas and ranks of single
+    modules are kept, and scale 1 is the adapter as it was trained. The rows of B for q and k are put in
+    llama.cpp's order.
 
-    Raises ValueError: another base, DoRA, whole modules, biases, new tokens or whatever else is no plain
-    LoRA, all by name; OSError: no adapter there, a full disk. llama.cpp's own converter ignores rsLoRA and
-    patterns, and writes the base's path into the file. Chapter 16.
+    Raises ValueError: the adapter is for another base, or is not plain LoRA (DoRA, whole modules, biases, new
+    tokens); the message names the option. OSError: there is no adapter, or the disk is full. llama.cpp's own
+    converter ignores rsLoRA and patterns, and writes the base's path into the file. Chapter 16.
     """
     check_config(base_config)
     found = read_adapter(_without_numbers(base_config), directory)

@@ -45,9 +45,9 @@ def in_llama_cpp_order(
 ) -> Float[np.ndarray, "out ..."]:
     """The rows of a module's weight, bias or lora_B, [out, ...], in the order that llama.cpp expects.
 
-    Rotary embedding turns pairs of numbers. In transformers a head's pairs are (i, i + d/2), in llama.cpp's
-    `llama` they are neighbours, (2i, 2i + 1), so that the rows of q and k change places head by head. Qwen's
-    pairs are those of transformers. Rows put in no order still make a model, which speaks fluent nonsense.
+    Rotary embedding turns pairs of numbers. In transformers the pairs of a head are (i, i + d/2). In
+    llama.cpp's `llama` they are neighbours, (2i, 2i + 1), so the rows of q and k are permuted head by head.
+    Qwen's pairs are those of transformers. Without the permutation the model loads and speaks fluent nonsense.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = heads.get(module.rpartition(".")[2]) if config.model_type == "llama" else None

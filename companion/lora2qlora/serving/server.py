@@ -107,10 +107,10 @@ def chat(
 
 
 def post(address: str, body: dict, timeout: float = 600.0) -> dict:
-    """What an address answers to a JSON body, as any client of OpenAI's protocol would ask it.
+    """Send a JSON body to an address and return its reply, as any client of OpenAI's protocol does.
 
-    Raises RuntimeError: what the server refuses, in its words, or no server there; TimeoutError: not a word
-    in `timeout` [s].
+    Raises RuntimeError: the server refuses (its message is in the error), or there is no server; TimeoutError:
+    nothing arrives within `timeout` [s].
     """
     with _opened(address, body, timeout) as answer:
         return json.load(answer)
