@@ -47,7 +47,7 @@ KINDS = {
     "new tokens (`trainable_token_indices`)": Kind(TIED, {"trainable_token_indices": NEW}),
     "new tokens, embedding saved whole": Kind(is_resized=True),
     "head saved whole (`modules_to_save`)": Kind(options={"modules_to_save": ["lm_head"]}),
-    "the same, head tied": Kind(TIED, {"modules_to_save": ["lm_head"]}),
+    "tied head saved whole (`modules_to_save`)": Kind(TIED, {"modules_to_save": ["lm_head"]}),
     "LoRA on a tied head": Kind(TIED, {"target_modules": [*LINEAR, "lm_head"]}),
     "experts (`target_parameters`)": Kind(
         options={"target_modules": ["q_proj"], "target_parameters": EXPERTS}, is_moe=True

@@ -19,9 +19,10 @@ PAGE = "book/conformance.md"
 MARKS = ("<!-- from the record of make conformance-page -->", "<!-- end of the record -->")
 VERSIONS_OF = ("torch", "transformers", "peft", "bitsandbytes", "xllamacpp")
 VLLM = "vLLM"
+OURS = "In this package, lora2qlora"
 # The columns of the two tables, by what the record calls them.
 TABLES = {
-    "In this package": (
+    OURS: (
         "`load_adapter`", "`merge_lora`", "`merge_quantized` over NF4", "`load_adapters`, mixed batch",
         "`export_adapter`, llama.cpp",
     ),
@@ -59,7 +60,7 @@ def tables(record: dict) -> str:
     """Kind by way, twice; then each refusal in its words, and each wrong answer with what to do."""
     lines = [f"Measured on {record['date']} with {versions(record)}."]
     for title, ways in TABLES.items():
-        lines += ["", f"**{title}**", "", f"| kind of adapter | changes | {' | '.join(ways)} |"]
+        lines += ["", f"**{title}**", "", f"| kind of adapter | effect of the adapter | {' | '.join(ways)} |"]
         lines.append("| :-- " * (len(ways) + 2) + "|")
         for kind, entry in record["kinds"].items():
             cells = " | ".join(pages_cell(entry["cells"].get(way)) for way in ways)
@@ -74,14 +75,14 @@ def versions(record: dict) -> str:
 def wrong(record: dict) -> list[str]:
     """The table of wrong answers; ValueError where one has no advice, or an advice has no wrong answer."""
     found = {(way, kind): cell for kind, way, cell in cells(record, "wrong")}
-    lines = ["| wrong | for | the tool says | report | do this instead |", "| :-- | :-- | :-- | :-- | :-- |"]
+    lines = ["| wrong | adapter | message | report | remedy |", "| :-- | :-- | :-- | :-- | :-- |"]
     for way, kind, advice, report in WRONG:
         mine = {key: cell for key, cell in found.items() if key[0] == way and kind in ("", key[1])}
         if not mine:
             raise ValueError(f"{way}, {kind}: is not wrong any more; take it out of WRONG")
         found = {key: cell for key, cell in found.items() if key not in mine}
         warned, _ = Counter(cell["warned"] for cell in mine.values()).most_common(1)[0]
-        said = _plain(warned) if warned else "nothing"
+        said = _plain(warned) if warned else "(no message)"
         lines.append(f"| {way} | {kind or 'every kind'} | {said} | {report} | {advice} |")
     if found:
         raise ValueError(f"wrong, and nothing in WRONG says what to do: {sorted(found)}")
@@ -92,11 +93,11 @@ def refusals(record: dict) -> list[str]:
     """The table of refusals, one line for each way and words."""
     found: dict[tuple[str, str], list[str]] = {}
     for kind, way, cell in cells(record, "refused"):
-        who = "this package" if way in TABLES["In this package"] else way
+        who = "lora2qlora" if way in TABLES[OURS] else way
         kinds = found.setdefault((who, cell["words"]), [])
         if kind not in kinds:
             kinds.append(kind)
-    lines = ["| refused by | for | in these words |", "| :-- | :-- | :-- |"]
+    lines = ["| refused by | adapter | message |", "| :-- | :-- | :-- |"]
     for (who, words), kinds in sorted(found.items()):
         lines.append(f"| {who} | {'; '.join(kinds)} | {_plain(words)} |")
     return lines

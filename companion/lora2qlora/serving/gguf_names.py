@@ -47,7 +47,7 @@ def in_llama_cpp_order(
 
     Rotary embedding turns pairs of numbers. In transformers the pairs of a head are (i, i + d/2). In
     llama.cpp's `llama` they are neighbours, (2i, 2i + 1), so the rows of q and k are permuted head by head.
-    Qwen's pairs are those of transformers. Without the permutation the model loads and speaks fluent nonsense.
+    Qwen's pairs are those of transformers. Without the permutation a model loads and talks nonsense.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = heads.get(module.rpartition(".")[2]) if config.model_type == "llama" else None

@@ -109,7 +109,7 @@ def chat(
 def post(address: str, body: dict, timeout: float = 600.0) -> dict:
     """Send a JSON body to an address and return its reply, as any client of OpenAI's protocol does.
 
-    Raises RuntimeError: the server refuses (its message is in the error), or there is no server; TimeoutError:
+    Raises RuntimeError: the server refuses (with its message), or there is no server; TimeoutError:
     nothing arrives within `timeout` [s].
     """
     with _opened(address, body, timeout) as answer:
