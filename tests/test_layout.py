@@ -35,8 +35,9 @@ FOLDERS = {
     "nf4": ("codebook", "weight"),
     "qlora": ("state", "checks", "layer", "model"),
     "memory": (
-        "config", "families", "shape", "presets", "base", "methods", "ledger", "tape", "linears", "norms",
-        "attention", "block", "step", "prediction", "tracker", "simulation", "static",
+        "config", "families", "shape", "presets", "base", "methods", "ledger", "divided", "tape", "linears",
+        "norms", "attention", "block", "ranks", "step", "prediction", "tracker", "simulation", "static",
+        "traffic",
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
