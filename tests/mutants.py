@@ -31,7 +31,7 @@ EQUIVALENT = ROOT / "tests" / "mutants_equivalent.toml"
 RESULTS = ROOT / "_build" / "mutants"
 LEAST = 0.95
 ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora")
-ROOMS += ("memory", "optimizers", "fast", "serving", "variants")
+ROOMS += ("memory", "optimizers", "fast", "serving", "sharding", "variants")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ TOP |= {"Makefile", "LICENSE", "README.md"}
 IMAGES = ("us-docker.pkg.dev/colab-images/public/runtime:latest",)
 # A room imports only rooms that stand before it.
 ROOMS = ("low_rank", "lora", "adapters", "blockwise", "nf4", "double_quantization", "qlora")
-ROOMS += ("memory", "optimizers", "fast", "serving", "variants")
+ROOMS += ("memory", "optimizers", "fast", "serving", "sharding", "variants")
 # The rooms that are folders. A file there imports rooms above, and files of its folder that stand before it.
 FOLDERS = {
     "adapters": (
@@ -35,8 +35,9 @@ FOLDERS = {
     "nf4": ("codebook", "weight"),
     "qlora": ("state", "checks", "layer", "model"),
     "memory": (
-        "config", "families", "shape", "presets", "base", "methods", "ledger", "tape", "linears", "norms",
-        "attention", "block", "step", "prediction", "tracker", "simulation", "static",
+        "config", "families", "shape", "presets", "base", "methods", "ledger", "divided", "tape", "linears",
+        "norms", "attention", "block", "ranks", "step", "prediction", "tracker", "simulation", "static",
+        "traffic",
     ),
     "optimizers": ("adam", "checks", "adamw_8bit", "state_file", "paging"),
     "fast": ("operators", "inputs", "library", "adam", "triton_kernels", "weights"),
@@ -44,6 +45,7 @@ FOLDERS = {
         "folders", "batched", "gguf_names", "gguf_shape", "gguf_tokenizer", "gguf_file", "gguf_adapter",
         "gguf", "llama_child", "server",
     ),
+    "sharding": ("parameters", "checks", "model"),
     "variants": ("model", "rslora", "lora_plus", "dora", "pissa", "loftq", "eva"),
 }  # fmt: skip
 # A file of lab imports rooms, and files of lab that stand before it.
@@ -71,6 +73,8 @@ CHAPTERS = {
     "14_fast": "fast",
     "15_merging": "adapters",
     "16_serving": "serving",
+    "17_many_gpus": "sharding",
+    "18_variants": None,
     "17_many_gpus": None,
     "18_variants": "variants",
     "19_lora_versus_qlora": None,

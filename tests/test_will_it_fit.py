@@ -143,20 +143,21 @@ def random_setting(choose: random.Random, family: str) -> tuple:
     return shape, random_method(choose, shape), batch, length, choose.random() < 0.5, optimizer
 
 
-def arguments_of(setting: tuple) -> str:
+def arguments_of(setting: tuple, ranks: int = 1) -> str:
     """A setting as the script takes it."""
     shape, method, batch, length, checkpointing, optimizer = setting
     found = [shape_data(shape), method_data(method), batch, length, checkpointing]
-    return json.dumps([*found, dataclasses.asdict(optimizer)])
+    return json.dumps([*found, dataclasses.asdict(optimizer), False, ranks])
 
 
 def disagreements(script, family: str, count: int) -> tuple[list, set]:
     """Settings in which the two differ by a byte after any allocation, and the phases that were fullest."""
     choose, wrong, fullest = random.Random(family), [], set()
     for _ in range(count):
-        setting = random_setting(choose, family)
-        found = json.loads(script.eval(f"JSON.stringify(WillItFit.rehearse(...{arguments_of(setting)}))"))
-        expected = forecast(*setting)
+        setting, ranks = random_setting(choose, family), choose.choice([1, 1, 2, 3, 8])
+        arguments = arguments_of(setting, ranks)
+        found = json.loads(script.eval(f"JSON.stringify(WillItFit.rehearse(...{arguments}))"))
+        expected = forecast(*setting, ranks=ranks)
         peaks = [list(dataclasses.astuple(ledger)) for ledger in expected.peaks.values()]
         if found != {"curve": list(expected.curve), "peaks": peaks}:
             wrong.append(setting)
@@ -309,6 +310,25 @@ def setting_of(script, **changes) -> dict:
     return on_the_page(script, "start()") | changes
 
 
+@pytest.mark.parametrize("cards", [1, 2, 8])
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_the_page_counts_one_of_several_cards(script, method, cards):
+    setting = setting_of(script, method=method, cards=cards)
+    found = on_the_page(script, f"measure({json.dumps(setting)}, WILL_IT_FIT_DATA.shapes['LLaMA-7B'])")
+    assert found["ledger"]["total"] == total_of(setting)
+
+
+def test_accumulation_over_several_cards_holds_a_part_of_the_gradients(script):
+    def total(**changes):
+        setting = json.dumps(setting_of(script, method="full") | changes)
+        call = f"measure({setting}, WILL_IT_FIT_DATA.shapes['LLaMA-7B'])"
+        return on_the_page(script, call)["ledger"]["total"]
+
+    one, several = ([total(cards=n, accumulates=adds) for adds in (False, True)] for n in (1, 8))
+    assert one[1] >= one[0]
+    assert 0 <= several[1] - several[0] <= 2 * SHAPES["LLaMA-7B"].parameters / 8 * 1.01
+
+
 def total_of(setting: dict, accumulates: bool = False) -> int:
     """The Python ledger's bytes of a setting of the page."""
     shape, bits = SHAPES[setting["model"]], {2: torch.bfloat16, 4: torch.float32}
@@ -323,7 +343,7 @@ def total_of(setting: dict, accumulates: bool = False) -> int:
         method = kind(setting["rank"], targets, dtype, bits[setting["adapters"]])
     chosen = (setting["batch"], setting["length"], setting["checkpointing"], OPTIMIZERS[setting["optimizer"]])
     if not accumulates:
-        return memory.training_memory(shape, method, *chosen).total
+        return memory.training_memory(shape, method, *chosen, setting["cards"]).total
     return accumulated(shape, method, *chosen)
 
 
@@ -415,12 +435,18 @@ def test_the_ladder_leaves_out_what_is_so_already(script):
 
 
 def test_an_address_brings_a_setting_back(script):
-    changes = {"model": "Qwen2.5-7B", "method": "lora", "card": 80, "optimizer": "AdamW, 8-bit states"}
+    changes = {
+        "model": "Qwen2.5-7B",
+        "method": "lora",
+        "card": 80,
+        "cards": 4,
+        "optimizer": "AdamW, 8-bit states",
+    }
     changes |= {"length": 4096, "batch": 32, "rank": 256, "targets": "qv", "adapters": 2, "outside": 2}
     setting = setting_of(script, **changes, checkpointing=False)
     address = on_the_page(script, f"writeAddress({json.dumps(setting)})")
     assert address.startswith(
-        "#model=Qwen2.5-7B&method=lora&card=80&optimizer=AdamW%2C%208-bit%20states&length=4096"
+        "#model=Qwen2.5-7B&method=lora&card=80&cards=4&optimizer=AdamW%2C%208-bit%20states&length=4096"
     )
     assert on_the_page(script, f"readAddress({json.dumps(address)}, WillItFit.page.start())") == setting
     own = on_the_page(script, f"writeAddress({json.dumps(setting | {'model': 'own'})})")
@@ -431,7 +457,8 @@ def test_an_address_brings_a_setting_back(script):
     "address",
     [
         "", "#", "#what-is-counted", "#model=GPT-2", "#model=own", "#model=constructor", "#model", "#=",
-        "#&&", "#method=sgd", "#method=__proto__", "#card=17", "#card=24.0", "#card=-8", "#optimizer=%",
+        "#&&", "#method=sgd", "#method=__proto__", "#card=17", "#cards=3",
+        "#cards=0", "#card=24.0", "#card=-8", "#optimizer=%",
         "#optimizer=%E0%A4%A", "#length=500", "#length=65536", "#length=5e2", "#batch=0", "#batch=33",
         "#batch=1.5", "#batch=NaN", "#rank=512", "#rank=3", "#targets=all%00", "#adapters=8",
         "#outside=3", "#checkpointing=true", "#checkpointing=constructor", "#hidden=1", "#__proto__=1",
@@ -473,6 +500,7 @@ def test_the_page_has_what_the_script_asks_for():
         "length",
         "checkpointing",
         "card",
+        "cards",
         "adapters",
         "outside",
         "targets",

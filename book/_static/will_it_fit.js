@@ -132,13 +132,163 @@ var WillItFit = (function () {
     return held;
   }
 
+  /* --- a model divided among cards ------------------------------------------------------------- */
+
+  /* A parameter as FSDP2 sees it: rows along its first dimension, numbers in a row, bytes of a number. */
+  function parameter(rows, numbers, width, kind, trains) {
+    return { rows: rows, numbers: numbers, width: width, kind: kind || "weights", trains: !!trains };
+  }
+  /* Numbers in the part that the first card holds. */
+  function part(p, ranks) { return ceil(p.rows, ranks) * p.numbers; }
+  function partBytes(p, ranks) { return part(p, ranks) * p.width; }
+  function partsOf(list, ranks) { return sum(list.map(function (p) { return partBytes(p, ranks); })); }
+  function training(list) { return list.filter(function (p) { return p.trains; }); }
+
+  function blockParameters(shape, method) {
+    var width = method.width, full = method.kind === "full", found = [], all = linears(shape);
+    var chosen = adaptedNames(shape, method), vectors = blockTensors(shape);
+    function without(count) { vectors.splice(vectors.indexOf(count), 1); }
+    order(shape).forEach(function (name) {
+      var out = all[name][0], in_ = all[name][1];
+      without(out * in_);
+      if (chosen.indexOf(name) >= 0) {
+        found.push(parameter(method.rank, in_, method.own, "adapters", true));
+        found.push(parameter(out, method.rank, method.own, "adapters", true));
+      }
+      if (method.kind !== "qlora") {
+        found.push(parameter(out, in_, width, "weights", full));
+      } else {
+        found.push(parameter(ceil(out * in_, 2), 1, 1));
+        if (method.group_size !== null) {
+          found.push(parameter(ceil(out * in_, method.block_size), 1, 1, "constants"));
+        }
+      }
+      if (shape.biases.indexOf(name) >= 0) {
+        without(out);
+        found.push(parameter(out, 1, width, "weights", full));
+      }
+    });
+    return found.concat(vectors.map(function (count) { return parameter(count, 1, width, "weights", full); }));
+  }
+
+  function outerParameters(shape, method) {
+    var full = method.kind === "full", norm = parameter(shape.hidden, 1, method.width, "weights", full);
+    var table = parameter(shape.vocabulary, shape.hidden, method.width, "weights", full);
+    return shape.tied ? [table, norm] : [table, norm, table];
+  }
+
+  function allParameters(shape, method) {
+    var outer = outerParameters(shape, method);
+    return outer.slice(0, 1).concat(repeat(shape.layers, blockParameters(shape, method)), outer.slice(1));
+  }
+
+  /* What the first card holds between two steps: parts of parameters and states, and buffers whole. */
+  function dividedMemory(shape, method, optimizer, ranks) {
+    var held = {}, all = linears(shape), shared = false;
+    COMPONENTS.forEach(function (name) { held[name] = 0; });
+    held.weights = angleKinds(shape) * 8 * Math.floor(shape.head_dim / 2);
+    if (traits(shape).scaled === "embedding") { held.weights += method.width; }
+    allParameters(shape, method).forEach(function (p) {
+      held[p.kind] += partBytes(p, ranks);
+      if (!p.trains) { return; }
+      held.optimizer += kept(optimizer, part(p, ranks), partBytes(p, ranks));
+      shared = shared || part(p, ranks) >= optimizer.smallest;
+    });
+    if (shared) { held.optimizer += optimizer.shared_bytes; }
+    if (method.kind !== "qlora") { return held; }
+    Object.keys(all).forEach(function (name) {
+      var count = all[name][0] * all[name][1];
+      var codes = method.group_size === null ? 0 : ceil(count, method.block_size);
+      held.constants += shape.layers * (nf4Constants(count, method) - codes);
+    });
+    return held;
+  }
+
+  /* One card: nothing is gathered, nothing reduced. */
+  function nothingToDo() {}
+  var UNDIVIDED = { forward: nothingToDo, leave: nothingToDo, freeLate: nothingToDo, backward: nothingToDo,
+                    reduce: nothingToDo, end: nothingToDo };
+
+  /* What FSDP2 gathers, lets go and reduces in a step; group 0 is what lies outside of the blocks. */
+  function Groups(tape, shape, method, ranks) {
+    function group(list) {
+      return { gathered: ranks * partsOf(list, ranks), reduced: partsOf(training(list), ranks), buffer: null,
+               whole: null, gradients: [], done: false };
+    }
+    this.tape = tape; this.ranks = ranks; this.late = null; this.reducing = null;
+    this.groups = [group(outerParameters(shape, method))];
+    while (this.groups.length <= shape.layers) { this.groups.push(group(blockParameters(shape, method))); }
+    this.current = this.groups[0];
+    tape.made = [];
+  }
+  Groups.prototype.gather = function (group) {
+    if (!group.whole && !group.buffer) { group.buffer = this.tape.make(group.gathered); }
+  };
+  Groups.prototype.copyOut = function (group) {
+    if (!group.whole) { group.whole = this.tape.make(group.gathered); }
+  };
+  Groups.prototype.letGo = function (group) {
+    if (group.whole) { this.tape.drop(group.whole); }
+    group.whole = null;
+  };
+  Groups.prototype.forward = function (number) {
+    var group = this.groups[number];
+    this.gather(group);
+    this.copyOut(group);
+    this.freeLate();
+    this.late = group.buffer;
+    group.buffer = null;
+  };
+  Groups.prototype.leave = function (number) { this.letGo(this.groups[number]); };
+  Groups.prototype.freeLate = function () {
+    if (this.late) { this.tape.drop(this.late); }
+    this.late = null;
+  };
+  Groups.prototype.turnTo = function (group) {
+    this.current.gradients = this.current.gradients.concat(this.tape.made);
+    this.tape.made = [];
+    this.current = group;
+  };
+  Groups.prototype.backward = function (number) {
+    var group = this.groups[number], following = number ? number - 1 : this.groups.length - 1;
+    this.turnTo(group);
+    this.gather(group);
+    if (group.buffer) {
+      this.copyOut(group);
+      this.tape.drop(group.buffer);
+      group.buffer = null;
+    }
+    if (following) { this.gather(this.groups[following]); }
+  };
+  Groups.prototype.reduce = function (number) {
+    var group = this.groups[number], part;
+    this.turnTo(this.groups[0]);
+    this.letGo(group);
+    group.done = true;
+    this.freeReducing();
+    if (!group.reduced) { return; }
+    this.reducing = this.tape.make(this.ranks * group.reduced);
+    this.tape.dropAll(group.gradients);
+    part = this.tape.make(group.reduced, "gradients");
+    if (this.tape.adds) { this.tape.drop(part); }  // to the part of the sequences before
+  };
+  Groups.prototype.freeReducing = function () {
+    if (this.reducing) { this.tape.drop(this.reducing); }
+    this.reducing = null;
+  };
+  Groups.prototype.end = function () {
+    var self = this;
+    this.groups.forEach(function (group, number) { if (!group.done) { self.reduce(number); } });
+    this.freeReducing();
+  };
+
   /* --- a tape of sizes ---------------------------------------------------------------------- */
 
   var EARLY_STOP = {};
 
   function Tape(held) {
     this.held = held; this.total = 0; this.peaks = []; this.curve = []; this.block = null; this.again = null;
-    this.fullest = null; this.most = 0; this.accumulates = false; this.late = null;
+    this.fullest = null; this.most = 0; this.accumulates = false; this.late = null; this.made = null;
     for (var i = 0; i < COMPONENTS.length; i += 1) { this.total += held[COMPONENTS[i]]; }
     this.mark();
   }
@@ -235,6 +385,10 @@ var WillItFit = (function () {
   /* The gradient of a weight. Where gradients of sequences before are there, it is added to them and goes:
      for certain once the next one comes. */
   Tape.prototype.gradient = function (size, keep) {
+    if (this.made) {  // a model divided among cards
+      this.made.push(this.make(size, "gradients"));
+      return this.made[this.made.length - 1];
+    }
     if (!this.accumulates) { return this.make(size, "gradients"); }
     if (!size) { return null; }  // the bias that a layer lacks
     var made = this.make(size), before = this.late;
@@ -257,7 +411,8 @@ var WillItFit = (function () {
 
   /* Everything forward gives [a tensor, its pullback]. A pullback takes over the gradient of the output and
      returns that of the input, or null. */
-  function Step(tape, shape, method, batch, length, checkpointing) {
+  function Step(tape, shape, method, batch, length, checkpointing, groups) {
+    this.groups = groups;
     this.tape = tape; this.shape = shape; this.method = method; this.checkpointing = checkpointing;
     this.form = traits(shape); this.batch = batch; this.length = length; this.tokens = batch * length;
     this.full = method.kind === "full"; this.width = method.width; this.linears = linears(shape);
@@ -265,13 +420,16 @@ var WillItFit = (function () {
   }
 
   Step.prototype.run = function () {
-    var tape = this.tape, shape = this.shape, pulls = [], l, made;
+    var tape = this.tape, shape = this.shape, groups = this.groups, pulls = [], l, made;
     tape.make(8 * this.tokens);
+    groups.forward(0);
     var first = this.embedding(), x = first[0], positions = tape.make(8 * this.length);
     var angles = this.angles(), embedded = tape.hold(x);
     for (l = 1; l <= shape.layers; l += 1) {
+      groups.forward(l);
       made = this.layer(x, !shape.unturned || l % shape.unturned > 0);
-      pulls.push(made[1]);
+      groups.leave(l);
+      pulls.push([made[1], x.needs]);
       tape.drop(x);
       x = made[0];
     }
@@ -280,12 +438,15 @@ var WillItFit = (function () {
     if (!this.checkpointing) { tape.drop(positions); }
     var end = this.loss(made[0]), gradient = made[1](end.gradient);
     for (l = shape.layers; l > 0; l -= 1) {
-      gradient = pulls[l - 1](gradient);
+      groups.backward(l);
+      gradient = pulls[l - 1][0](gradient);
+      if (pulls[l - 1][1]) { groups.reduce(l); }
       if (l === this.form.far) { tape.dropAll(angles.slice(2)); }
     }
     tape.dropAll(angles.slice(0, 2));
     if (this.checkpointing) { tape.drop(positions); }
     first[1](gradient, end.weight);
+    groups.end();
     tape.dropAll(end.losses);
   };
 
@@ -335,8 +496,11 @@ var WillItFit = (function () {
     var logSoftmax = tape.make(exact, "logits");
     var loss = tape.make(4), weights = tape.make(4);
     tape.drop(asFloat, padded, logits, x);
+    this.groups.freeLate();
     tape.mark();
-    var one = tape.make(4), ofLoss = tape.make(exact, "logits");
+    var one = tape.make(4), ofLoss;
+    this.groups.backward(0);
+    ofLoss = tape.make(exact, "logits");
     tape.drop(labels, weights);
     var ofLogits = tape.make(exact, "logits");
     tape.drop(ofLoss, logSoftmax);
@@ -799,18 +963,23 @@ var WillItFit = (function () {
   }
 
   /* The whole step: bytes held after every allocation, and the fullest moment of each phase. With `accumulates`
-     it is the last of several passes, and finds the gradients of those before it. */
-  function rehearse(shape, method, batch, length, checkpointing, optimizer, accumulates) {
+     it is the last of several passes, and finds the gradients of those before it. `ranks` are cards, each with
+     such a batch, among which FSDP2 divides the model. */
+  function rehearse(shape, method, batch, length, checkpointing, optimizer, accumulates, ranks) {
     if (shape.window && shape.window <= length) {
       throw new Error("Attention in this model slides a window of " + shape.window + " tokens, which takes a " +
         "mask from that length on. The page does not count the mask: simulate_step of the package does.");
     }
-    var sizes = trained(shape, method).map(function (tensor) { return tensor[1]; });
-    var held = staticMemory(shape, method, optimizer), tape;
+    var divided = ranks > 1, sizes, held, tape, groups = UNDIVIDED;
+    sizes = divided ? training(allParameters(shape, method)).map(function (p) { return partBytes(p, ranks); })
+      : trained(shape, method).map(function (tensor) { return tensor[1]; });
+    held = divided ? dividedMemory(shape, method, optimizer, ranks) : staticMemory(shape, method, optimizer);
     if (accumulates) { held.gradients = sum(sizes); }
     tape = new Tape(held);
-    tape.accumulates = Boolean(accumulates);
-    new Step(tape, shape, method, batch, length, checkpointing).run();
+    tape.accumulates = Boolean(accumulates) && !divided;
+    tape.adds = Boolean(accumulates);
+    if (divided) { groups = new Groups(tape, shape, method, ranks); }
+    new Step(tape, shape, method, batch, length, checkpointing, groups).run();
     tape.settle();
     update(tape, sizes, optimizer);
     tape.peaks.push(tape.fullest);

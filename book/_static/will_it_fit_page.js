@@ -6,6 +6,7 @@
 WillItFit.page = (function () {
   var DATA = WILL_IT_FIT_DATA;
   var CARDS = [8, 12, 16, 24, 32, 40, 48, 80, 141];
+  var COUNTS = [1, 2, 4, 8, 16];  // cards
   var OWN = "own";  // the model of a pasted config.json, which has no name
   var EIGHT_BIT = "AdamW, 8-bit states";
 
@@ -19,7 +20,7 @@ WillItFit.page = (function () {
   /* --- a setting, and its bytes ---------------------------------------------------------------------- */
 
   function start() {
-    return { model: "LLaMA-7B", method: "qlora", card: 24, optimizer: "AdamW, as torch has it", length: 512,
+    return { model: "LLaMA-7B", method: "qlora", card: 24, cards: 1, optimizer: "AdamW, as torch has it", length: 512,
       batch: 1, rank: 16, targets: "all", adapters: 4, outside: 4, checkpointing: true };
   }
 
@@ -38,7 +39,7 @@ WillItFit.page = (function () {
   /* The fullest moment, and in which phase it is. */
   function measure(setting, shape) {
     var phases = WillItFit.forecast(shape, methodOf(setting, shape), setting.batch, setting.length,
-      setting.checkpointing, DATA.optimizers[setting.optimizer], setting.accumulates);
+      setting.checkpointing, DATA.optimizers[setting.optimizer], setting.accumulates, setting.cards);
     var at = 0;
     phases.forEach(function (ledger, i) { if (ledger.total > phases[at].total) { at = i; } });
     return { ledger: phases[at], phase: at };
@@ -124,7 +125,7 @@ WillItFit.page = (function () {
     return all;
   }
   var READ = {
-    model: named(DATA.shapes), method: named(DATA.methods), card: among(CARDS), optimizer: named(DATA.optimizers),
+    model: named(DATA.shapes), method: named(DATA.methods), card: among(CARDS), cards: among(COUNTS), optimizer: named(DATA.optimizers),
     length: among(powers(6, 15)), batch: among(upTo(32)), rank: among(powers(0, 8)), targets: among(["all", "qv"]),
     adapters: among([4, 2]), outside: among([4, 2]),
     checkpointing: function (text) { return text === "1" ? true : text === "0" ? false : undefined; }
@@ -184,14 +185,14 @@ WillItFit.page = (function () {
 
   function fromForm() {
     return { model: find("model").value, method: find("method").value, card: Number(find("card").value),
-      optimizer: find("optimizer").value, length: Math.pow(2, Number(find("length").value)),
+      cards: Number(find("cards").value), optimizer: find("optimizer").value, length: Math.pow(2, Number(find("length").value)),
       batch: Number(find("batch").value), rank: Math.pow(2, Number(find("rank").value)),
       targets: find("targets").value, adapters: Number(find("adapters").value),
       outside: Number(find("outside").value), checkpointing: find("checkpointing").checked };
   }
 
   function toForm(setting) {
-    ["model", "method", "card", "optimizer", "batch", "targets", "adapters", "outside"].forEach(function (name) {
+    ["model", "method", "card", "cards", "optimizer", "batch", "targets", "adapters", "outside"].forEach(function (name) {
       find(name).value = setting[name];
     });
     find("length").value = Math.log2(setting.length);
@@ -221,7 +222,8 @@ WillItFit.page = (function () {
 
   function showAnswer(found, setting, shape) {
     var total = found.ledger.total, card = cardBytes(setting), room = card - total, rungs, first, words;
-    words = (room >= 0 ? "It fits, with " + gigabytes(room) + " GB to spare: "
+    words = (setting.cards > 1 ? "On each of the " + setting.cards + " cards: " : "");
+    words += (room >= 0 ? "It fits, with " + gigabytes(room) + " GB to spare: "
       : "It does not fit, by " + gigabytes(-room) + " GB: ") + gigabytes(total) + " of " + gigabytes(card) +
       " GB, fullest " + PHASES[found.phase] + ".";
     find("bar").setAttribute("aria-label", words);
@@ -343,6 +345,9 @@ WillItFit.page = (function () {
     if (!find("model")) { return; }
     fill(find("model"), Object.keys(DATA.shapes).map(twice));
     fill(find("optimizer"), Object.keys(DATA.optimizers).map(twice));
+    fill(find("cards"), COUNTS.map(function (count) {
+      return [count, count === 1 ? "one" : count + ", the model divided among them"];
+    }));
     fill(find("card"), CARDS.map(function (size) { return [size, size + " GB"]; }));
     toForm(start());
     fromAddress();

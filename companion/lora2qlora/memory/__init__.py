@@ -9,6 +9,7 @@ allocator holds in reserve beyond what it handed out.
 """
 
 from lora2qlora.memory.base import shape_of
+from lora2qlora.memory.divided import divided_memory
 from lora2qlora.memory.families import LINEARS
 from lora2qlora.memory.ledger import COMPONENTS, MemoryLedger, static_memory
 from lora2qlora.memory.methods import (
@@ -30,6 +31,7 @@ from lora2qlora.memory.shape import LlamaShape
 from lora2qlora.memory.simulation import simulate_step
 from lora2qlora.memory.static import StaticReport, static_of
 from lora2qlora.memory.tracker import PeakReport, storage_bytes, track_peak, track_step
+from lora2qlora.memory.traffic import Traffic, step_flops, step_traffic
 
 __all__ = [  # noqa: RUF022 (in the order in which one meets them)
     "LINEARS", "LlamaShape", "SHAPES", "shape_of",
@@ -39,4 +41,5 @@ __all__ = [  # noqa: RUF022 (in the order in which one meets them)
     "PHASES", "StepForecast", "training_memory", "forecast",
     "storage_bytes", "PeakReport", "track_peak", "track_step",
     "simulate_step", "StaticReport", "static_of",
+    "divided_memory", "Traffic", "step_traffic", "step_flops",
 ]  # fmt: skip

@@ -3,7 +3,8 @@
 import itertools
 
 from lora2qlora.memory.block import Block
-from lora2qlora.memory.methods import Full, LoRA, Optimizer, QLoRA, trained_tensors
+from lora2qlora.memory.methods import Full, LoRA, Optimizer, QLoRA
+from lora2qlora.memory.ranks import OUTER, Groups, Undivided
 from lora2qlora.memory.shape import LlamaShape
 from lora2qlora.memory.tape import Checkpoint, Size, Tape
 
@@ -19,16 +20,19 @@ class Step:
         batch: int,
         length: int,
         checkpointing: bool,
+        groups: Groups | Undivided | None = None,
     ):
         self.tape, self.shape, self.method, self.checkpointing = tape, shape, method, checkpointing
-        self.batch, self.length, self.tokens = batch, length, batch * length
+        self.groups, self.tokens = groups or Undivided(shape, method), batch * length
+        self.batch, self.length = batch, length
         self.full, self.width = isinstance(method, Full), method.dtype.itemsize
         self.block = Block(tape, shape, method, self.tokens)
 
     def forward_and_backward(self) -> None:
         """Embedding, blocks, norm, head, loss, and back."""
-        tape, shape, pulls = self.tape, self.shape, []
+        tape, shape, groups, pulls = self.tape, self.shape, self.groups, []
         tape.new(8 * self.tokens)  # the token ids
+        groups.forward(OUTER)
         x, pull_embedding = self.embedding()
         positions = tape.new(8 * self.length)
         width = 4 if shape.traits.wide_angles else self.width
@@ -37,8 +41,10 @@ class Step:
         embedded = tape.hold(x)
         for layer in range(1, shape.layers + 1):
             turns = not shape.unturned or layer % shape.unturned > 0
+            groups.forward(layer)
             y, pull = self.checkpointed(x, turns) if self.checkpointing else self.block(x, turns)
-            pulls.append(pull)
+            groups.leave(layer)
+            pulls.append((pull, x.needs))
             tape.drop(x)
             x = y
         y, pull_norm = self.block.norm(x)
@@ -48,13 +54,18 @@ class Step:
         gradient, of_head, losses = self.loss(y)
         gradient = pull_norm(gradient)
         for layer in range(shape.layers, 0, -1):
-            gradient = pulls[layer - 1](gradient)
+            groups.backward(layer)
+            pull, goes_on = pulls[layer - 1]
+            gradient = pull(gradient)
+            if goes_on:  # the hook is on the gradient of what came in
+                groups.reduce(layer)
             if layer == shape.traits.far:  # the first that needs them is the last of these
                 tape.drop(*angles[2:])
         tape.drop(*angles[:2])
         if self.checkpointing:
             tape.drop(positions)
         pull_embedding(gradient, of_head)
+        groups.end()
         tape.drop(*losses)
 
     def embedding(self):
@@ -116,8 +127,10 @@ class Step:
         log_softmax = tape.new(exact, "logits")
         loss, weights = tape.new(4), tape.new(4)
         tape.drop(as_float, padded, logits, x)
+        self.groups.free_late()
         tape.mark()
         one = tape.new(4)
+        self.groups.backward(OUTER)
         of_loss = tape.new(exact, "logits")
         tape.drop(labels, weights)
         of_logits = tape.new(exact, "logits")
@@ -134,7 +147,7 @@ class Step:
 
     def update(self, optimizer: Optimizer) -> None:
         """The optimizer's turn: what it needs for all parameters at once, or for one after the other."""
-        tape, sizes = self.tape, [size for _, size in trained_tensors(self.shape, self.method)]
+        tape, sizes = self.tape, self.groups.trained
         tape.mark()
         tape.drop(tape.new(optimizer.all_copies * sum(sizes)))
         if optimizer.own_copies:

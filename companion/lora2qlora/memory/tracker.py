@@ -19,9 +19,14 @@ def storage_bytes(*holders: nn.Module | torch.optim.Optimizer | Tensor) -> int:
     """
     storages = {}
     for tensor in _tensors(holders):
-        storage = tensor.untyped_storage()
+        storage = own_part(tensor).untyped_storage()
         storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that is divided among several (a DTensor)."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _tensors(holders: Iterable) -> Iterator[Tensor]:
@@ -81,7 +86,22 @@ class _LiveStorages(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.events, self.starts, self.before, self.alive = [], [], 0, set()
+        self.events, self.starts, self.before, self.alive = [], [], 0, {}
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_  # how FSDP frees what it gathered, and makes room for it again
+
+        def watched(storage, size):
+            result = resize(storage, size)
+            self.count(storage, is_new=True)
+            return result
+
+        torch.UntypedStorage.resize_ = watched
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        del torch.UntypedStorage.resize_  # the inherited one comes back
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         from_numbers = function is torch.ops.aten.lift_fresh.default  # torch.tensor([...])
@@ -93,23 +113,29 @@ class _LiveStorages(TorchDispatchMode):
         return result
 
     def see(self, leaf, is_new: bool) -> None:
-        """Count a storage when it is first met, and when it goes."""
-        if not isinstance(leaf, Tensor) or not (size := leaf.untyped_storage().nbytes()):
+        """Count a tensor's storage when it is first met."""
+        if not isinstance(leaf, Tensor):
             return
-        storage = leaf.untyped_storage()
-        if (key := storage._cdata) in self.alive:
-            return
-        self.alive.add(key)
-        if is_new:
-            self.events.append(size)
-        else:
-            self.before += size
+        storage = own_part(leaf).untyped_storage()
+        if storage.nbytes() and storage._cdata not in self.alive:
+            self.count(storage, is_new)
 
-        def end():
-            self.alive.discard(key)
+    def count(self, storage: torch.UntypedStorage, is_new: bool) -> None:
+        """Count a storage at the size that it has now, until it goes."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            weakref.finalize(storage, self.end, key).atexit = False
+        change = size - self.alive.get(key, 0)
+        self.alive[key] = size
+        if is_new and change:
+            self.events.append(change)
+        elif not is_new:
+            self.before += change
+
+    def end(self, key: int) -> None:
+        """A storage is gone."""
+        if size := self.alive.pop(key, 0):
             self.events.append(-size)
-
-        weakref.finalize(storage, end).atexit = False
 
     def report(self) -> PeakReport:
         """The running total, from what was there before."""

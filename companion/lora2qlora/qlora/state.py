@@ -70,7 +70,7 @@ def shapes_alone(weight: Tensor | NF4Weight, block_size: int, group_size: int | 
 
 def loading_misfits(layer: nn.Module, state_dict: dict, prefix: str, assign: bool = False) -> list[str]:
     """What is wrong with a state dict that has tensors of an NF4Linear; nothing where it has none at all."""
-    own = {**dict(layer.named_buffers()), "bias": layer.bias}
+    own = {**{name: getattr(layer, name) for name in layer.names}, "bias": layer.bias}  # buffers, or sharded
     known = [*own, "_extra_state"]
     given = {name: state_dict[prefix + name] for name in known if prefix + name in state_dict}
     if not given:
