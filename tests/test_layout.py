@@ -74,8 +74,6 @@ CHAPTERS = {
     "15_merging": "adapters",
     "16_serving": "serving",
     "17_many_gpus": "sharding",
-    "18_variants": None,
-    "17_many_gpus": None,
     "18_variants": "variants",
     "19_lora_versus_qlora": None,
     "20_faq_by_experiment": None,
