@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from lora2qlora.memory import storage_bytes
 from lora2qlora.sharding import make_shardable, save_sharded_adapter
 from many_gpus_models import batch_of, build
@@ -65,6 +65,7 @@ def train(options) -> dict:
         if options.ranks > 1 and not torch.cuda.is_available():
             # accelerate 1.15 turns FSDP on for GPUs alone: on CPUs it takes DDP, whatever its config says.
             trainer.accelerator.state.distributed_type = DistributedType.FSDP
+            trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # of the config file
             trainer.is_fsdp_enabled = True
         trainer.train()
     found = trainer.model_wrapped
