@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -106,6 +107,7 @@ def train_sharded(folder: str) -> dict:
     names = shard(model)
     losses = losses_of(model, my_rows(ids_of()))
     save_sharded_adapter(model, f"{folder}/adapter")
+    assert all(isinstance(p, DTensor) for p in model.parameters())  # as before it was saved
     state = get_model_state_dict(model, options=WHOLE)
     dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/parts", no_dist=False)
     by_parts, by_whole = odd_model(5), odd_model(6)

@@ -28,12 +28,20 @@ RANKS = (1, 2, 4)
 LIMIT = 600  # seconds for any part
 
 
-def launch(script: str, ranks: int, *arguments: str, may_fail: bool = False) -> tuple[dict, str, float]:
-    """Figures, what was said, and seconds of a script under torchrun; alone where there is one process."""
+def torchrun(ranks: int) -> list[str]:
+    """What follows `python` to start so many processes; nothing for one."""
+    started = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return started if ranks > 1 else []
+
+
+def launch(
+    script: str, ranks: int, *arguments: str, may_fail: bool = False, by: list | None = None
+) -> tuple[dict, str, float]:
+    """Figures, what was said, and seconds of a script under torchrun, or started `by` other words."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "figures.json")
-        started = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, *(started if ranks > 1 else []), str(HERE / script), *arguments]
+        started = torchrun(ranks) if by is None else by
+        command = [sys.executable, *started, str(HERE / script), *arguments]
         start = time.monotonic()
         done = subprocess.run(
             [*command, "--out", str(out)],
@@ -142,6 +150,30 @@ def part_kill() -> None:
     say(setting)
 
 
+def part_trainer() -> None:
+    """The Trainer by `accelerate launch` with a config file, with and without make_shardable; and alone."""
+    setting = {"part": "trainer", "ranks": 2}
+    if measured.is_recorded(NAME, setting, 0):
+        return
+    script = "many_gpus_trainer.py"
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "fsdp2.yaml")
+        subprocess.run([sys.executable, str(HERE / script), "--write-config", str(config)], check=True)
+        by = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        adapters = [f"{folder}/one", f"{folder}/two"]
+        figures = {
+            "one process": launch(script, 1, "--adapter", adapters[0])[0]["figures"],
+            "accelerate launch": launch(script, 2, "--adapter", adapters[1], by=by)[0]["figures"],
+            "without make_shardable": launch(script, 2, "--plain", by=by)[0]["figures"],
+        }
+        one, two = (load_file(Path(path, WEIGHTS)) for path in adapters)
+    losses = [figures[name]["losses"] for name in ("one process", "accelerate launch")]
+    figures["largest difference"] = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    figures["adapter"] = max((one[key] - two[key]).abs().max().item() for key in one.keys() | two.keys())
+    measured.record(NAME, setting, figures, 0)
+    say(setting)
+
+
 def part_failures() -> None:
     """What goes wrong, and its cure."""
     for case in ("cases", "hang"):
@@ -164,6 +196,7 @@ PARTS = {
     "resume": part_resume,
     "kill": part_kill,
     "losses": part_losses,
+    "trainer": part_trainer,
 }
 
 
