@@ -219,7 +219,7 @@ def test_what_cannot_be_batched_is_refused():
     for adapters, match in (
         ({}, "LoRALinears by name"),
         ([good], "LoRALinears by name"),
-        ({"a": nn.Linear(8, 6)}, "a must be a LoRALinear, got Linear"),
+        ({"a": nn.Linear(8, 6)}, "a must be a plain LoRALinear, got Linear"),
         ({"a": good, "b": filled(nn.Linear(8, 7), 2)}, r"b is for a layer of \[7, 8\], this one is \[6, 8\]"),
         ({"a": good, "b": filled(base, 2, dtype=torch.float64)}, "differ in dtype"),
     ):

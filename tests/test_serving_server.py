@@ -38,9 +38,13 @@ def files(tmp_path_factory):
 
 
 def children():
-    """The servers that this process has."""
-    found = psutil.Process().children(recursive=True)
-    return [child.pid for child in found if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    """The servers that this process has; other tests may have started processes of their own."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and str(server.CHILD) in child.cmdline():
+                found.append(child.pid)
+    return found
 
 
 @pytest.fixture(autouse=True)
