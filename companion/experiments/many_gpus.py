@@ -89,6 +89,16 @@ def part_bytes() -> None:
         say(setting)
 
 
+def part_apart() -> None:
+    """Bytes of every rank when embedding and head are gathered each in its turn."""
+    for ranks in RANKS[1:]:
+        setting = {"part": "apart", "ranks": ranks}
+        if not measured.is_recorded(NAME, setting, 0):
+            figures = launch("many_gpus_work.py", ranks, "apart")[0]["figures"]
+            measured.record(NAME, setting, figures, 0)
+            say(setting)
+
+
 def part_losses() -> None:
     """Losses of one process and of several with the same global batches; the adapters they save."""
     setting = {"part": "losses", "ranks": list(RANKS)}
@@ -192,6 +202,7 @@ def say(setting: dict) -> None:
 
 PARTS = {
     "bytes": part_bytes,
+    "apart": part_apart,
     "failures": part_failures,
     "resume": part_resume,
     "kill": part_kill,

@@ -66,9 +66,11 @@ def quantize_by_bitsandbytes(model: nn.Module, storage: torch.dtype) -> None:
 
 
 def divide(model: nn.Module, engine: str) -> nn.Module:
-    """The model under an engine: one (as it is), ddp, or fsdp2."""
+    """The model under an engine: one (as it is), ddp, fsdp2, or apart: embedding and head as blocks, too."""
     if engine == "fsdp2":
         shard(model)
+    if engine == "apart":
+        shard(model, blocks=[model.model.embed_tokens, *model.model.layers, model.lm_head])
     return DistributedDataParallel(model) if engine == "ddp" else model
 
 

@@ -68,9 +68,18 @@ def weigh(method: str, engine: str, storage=torch.float32) -> dict:
 
 def part_bytes(options) -> dict:
     """Every method under every engine, this many processes; of each rank."""
+    return weigh_all(("full", "lora", "qlora", "bnb"), engines())
+
+
+def part_apart(options) -> dict:
+    """The same with embedding and head in groups of their own."""
+    return weigh_all(("full", "lora", "qlora"), ["apart"])
+
+
+def weigh_all(methods: tuple, engines: list[str]) -> dict:
     figures = {}
-    for method in ("full", "lora", "qlora", "bnb"):
-        for engine in engines():
+    for method in methods:
+        for engine in engines:
             mine = weigh(method, engine)
             ranks = [mine]
             if dist.is_initialized():
@@ -135,7 +144,7 @@ def part_train(options) -> dict:
     return {"first": first, "losses": losses, "norm of a B": weight}
 
 
-PARTS = {"bytes": part_bytes, "losses": part_losses, "train": part_train}
+PARTS = {"bytes": part_bytes, "apart": part_apart, "losses": part_losses, "train": part_train}
 
 
 def main() -> None:
