@@ -44,6 +44,20 @@ def test_the_records_agree_with_the_ledger():
                     assert rank[key] == pytest.approx(value, rel=0.01), (record.configuration, name, key)
 
 
+def test_embedding_and_head_apart_take_less():
+    """Between steps a rank holds the same; at the peak, less than where both are gathered for the pass."""
+    found = {
+        (r.configuration["part"], r.configuration.get("ranks")): r.figures
+        for r in measured.load("many_gpus")
+        if r.configuration["part"] in ("bytes", "apart")
+    }
+    for ranks in (2, 4):
+        for name, figures in found["apart", ranks].items():
+            together = found["bytes", ranks][name.replace("apart", "fsdp2")]["measured"]
+            assert [f["static"] for f in figures] == [f["static"] for f in together], name
+            assert max(f["peak"] for f in figures) < 0.97 * max(f["peak"] for f in together), name
+
+
 def test_the_records_say_the_same_training():
     (losses,) = [r.figures for r in measured.load("many_gpus") if r.configuration["part"] == "losses"]
     for name, largest in losses["largest difference"].items():
