@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora2qlora.adapters import add_lora, count_parameters, remove_lora
 from lora2qlora.lab import measured, models
 from safetensors.torch import load_file
 
@@ -288,6 +289,39 @@ def test_the_best_rate_of_a_subspace_is_repeated_with_further_seeds_and_resumes(
     records = measured.load("intrinsic_dimension")
     assert len(records) == len(made)
     assert all(r.figures["leads"] for r in records if r.seed)
+
+
+def test_the_choices_of_targets_spend_one_budget_and_their_best_rates_are_repeated(tmp_path, monkeypatch):
+    module = script("target_sets", tmp_path, monkeypatch)
+    base, _ = models.load_small_lm()
+    spent = {}
+    for choice, (targets, rank) in module.CHOICES.items():
+        add_lora(base, targets, rank, 16)
+        spent[choice] = count_parameters(base).trainable
+        remove_lora(base)
+    assert spent["all linear"] == spent["attention"] == spent["q, v"]
+    assert 1 < spent["MLP"] / spent["all linear"] < 1.02
+
+    made, cut = [], [("q, v", -2.5, 1)]
+
+    def stub(base, tokenizer, task, choice, learning_rate, seed, steps):
+        key = choice, round(math.log10(learning_rate), 6), seed
+        if key in cut:
+            cut.remove(key)
+            raise KeyboardInterrupt
+        made.append(key)
+        return {"validation_loss": 1 + (key[1] + 2.4) ** 2, "test_loss": 1.0}
+
+    monkeypatch.setattr(module, "run", stub)
+    asked = ["--tasks", "wordnet", "--steps", "5"]
+    with pytest.raises(KeyboardInterrupt):
+        module.main(asked)
+    for _ in range(2):
+        module.main(asked)
+    for choice in module.CHOICES:
+        rates = [(rate, seed) for name, rate, seed in made if name == choice]
+        assert rates == [(-2.5, 0), (-2.0, 0), (-3.0, 0), (-2.5, 1), (-2.5, 2)]
+    assert len(measured.load("target_sets")) == len(made)
 
 
 # Costs --------------------------------------------------------------------------------------------
