@@ -42,7 +42,7 @@ var Interview = (function () {
 
 if (typeof document !== "undefined") {
   document.addEventListener("DOMContentLoaded", function () {
-    var panel = document.getElementById("interview"), list = document.getElementById("interview-list");
+    var panel = document.getElementById("interview-panel"), list = document.getElementById("interview-list");
     var cards = Array.prototype.slice.call(document.querySelectorAll("details.interview-card"));
     if (!panel || !list || !cards.length) { return; }
     var ids = cards.map(function (card, i) { return card.id || "interview-" + (i + 1); });
