@@ -382,6 +382,36 @@ def test_will_it_fit_answers(browser, book):
         assert script_errors(visit) == []
 
 
+def test_the_interview_shuffles_and_keeps_its_score(browser, book):
+    with visited(browser, book, "book/interview.html") as visit:
+        page = visit.page
+        score, cards = page.locator("#interview-score"), page.locator("details.interview-card")
+        page.click("#interview-shuffle")
+        assert page.locator("#interview-list details").count() == cards.count() == 30
+        cards.first.locator("summary").click()
+        cards.first.locator("button[name=known]").click()
+        assert score.text_content() == "Known: 1 of 30. Not yet: 0. Not tried: 29."
+        page.click("#interview-open")
+        assert not cards.first.is_visible()
+        page.click("#interview-order")
+        ids = cards.evaluate_all("all => all.map(e => e.id)")
+        assert ids == [f"interview-{n}" for n in range(1, 31)]
+        page.reload(wait_until="networkidle")
+        assert score.text_content() == "Known: 1 of 30. Not yet: 0. Not tried: 29."
+        page.click("#interview-forget")
+        assert score.text_content() == "Known: 0 of 30. Not yet: 0. Not tried: 30."
+        assert script_errors(visit) == []
+
+
+def test_the_interview_is_a_plain_list_without_its_script(browser, book):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{book}book/interview.html")
+    assert page.locator("details.interview-card").count() == 30
+    assert not page.is_visible("#interview-panel")
+    context.close()
+
+
 def answer_of(visit: Visit) -> str:
     """What "Will it fit?" answers."""
     return visit.page.text_content("#fit-answer")

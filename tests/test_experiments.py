@@ -1118,3 +1118,40 @@ def test_stochastic_rounding_keeps_the_mean_and_the_grid(merging):
     error = (weight - total).detach()
     assert error.mean().abs() < 4 * error.std() / error.numel() ** 0.5
     assert error.std() > 0
+
+
+@pytest.fixture
+def swap_bases(tmp_path, monkeypatch):
+    return script("swap_bases", tmp_path, monkeypatch)
+
+
+def test_an_adapter_is_scored_over_the_base_it_was_trained_over_and_over_nf4(swap_bases):
+    original, tokenizer = models.load_small_lm()
+    before = {name: p.clone() for name, p in original.named_parameters()}
+    settings = swap_bases.SETTINGS | {"task": "wordnet", "steps": 3, "test_rows": 6}
+    found = swap_bases.run(original, tokenizer, settings | {"log10_learning_rate": -2.5}, 0)
+    json.dumps(found, allow_nan=False)
+    assert all(torch.equal(p, before[name]) for name, p in original.named_parameters())
+    assert found["over"]["original"]["kl"] == pytest.approx(0, abs=1e-6)  # the file holds what was trained
+    assert found["over"]["nf4"]["kl"] > 1e-3
+
+
+def test_swapping_bases_goes_on_where_it_was_cut(swap_bases, monkeypatch):
+    made, cut = [], [1]
+
+    def stub(original, tokenizer, asked, seed):
+        if len(made) in cut:
+            cut.clear()
+            raise KeyboardInterrupt
+        made.append((asked["task"], seed))
+        return {"over": {}}
+
+    monkeypatch.setattr(swap_bases, "run", stub)
+    monkeypatch.setattr(swap_bases, "load_base_model", lambda name: (None, None))
+    asked = ["--tasks", "wordnet", "spam", "--seeds", "2", "--steps", "3"]
+    with pytest.raises(KeyboardInterrupt):
+        swap_bases.main(asked)
+    swap_bases.main(asked)
+    swap_bases.main(asked)
+    assert made == [(task, seed) for seed in (0, 1) for task in ("wordnet", "spam")]
+    assert {r.configuration["steps"] for r in measured.load("swap_bases")} == {3}

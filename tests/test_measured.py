@@ -36,6 +36,15 @@ def test_resuming_knows_a_run_by_configuration_and_seed(tmp_path):
     assert not measured.is_recorded("other", {}, seed=3, directory=tmp_path)
 
 
+def test_records_are_found_by_some_of_their_configuration(tmp_path):
+    asked = [{"rank": 8, "shape": [2, 3]}, {"rank": 16, "shape": [2, 3]}, {"shape": [2, 4]}]
+    first, second, third = (measured.record("toy", one, {}, 0, tmp_path) for one in asked)
+    assert measured.matching("toy", tmp_path, shape=[2, 3]) == [first, second]
+    assert measured.matching("toy", tmp_path, shape=[2, 3], rank=16) == [second]
+    assert measured.matching("toy", tmp_path, rank=None) == []
+    assert measured.matching("toy", tmp_path) == [first, second, third]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(1.0), {1, 2}])
 def test_what_is_not_plain_json_is_refused_and_nothing_is_lost(tmp_path, value):
     measured.record("toy", {}, {"loss": 1.0}, seed=0, directory=tmp_path)

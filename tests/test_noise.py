@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora2qlora.lab.noise import Effect, paired_effect
+from lora2qlora.lab.noise import Effect, paired_effect, relative_effect
 
 numbers = st.floats(-1e3, 1e3)
 pairs = st.lists(st.tuples(numbers, numbers), min_size=3, max_size=20)
@@ -64,3 +64,17 @@ def test_equal_pairs_are_undecided_and_equal_shifts_decided():
 def test_what_says_nothing_is_refused(values, others, message):
     with pytest.raises(ValueError, match=message):
         paired_effect(values, others)
+
+
+def test_a_relative_effect_is_the_same_at_every_size():
+    effect = relative_effect([1.1, 22.0, 330.0], [1, 20, 300])
+    assert effect.mean == pytest.approx(math.log(1.1))
+    assert effect.error == pytest.approx(0, abs=1e-12)
+    back = relative_effect([1, 20, 300], [1.1, 22.0, 330.0])
+    assert back.mean == pytest.approx(-effect.mean)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan])
+def test_no_relative_effect_of_what_is_not_positive(value):
+    with pytest.raises(ValueError, match=f"positive values, got {value}"):
+        relative_effect([1, 2, 3], [1, value, 3])

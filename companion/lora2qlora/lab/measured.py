@@ -68,6 +68,14 @@ def _parse(line: bytes) -> Record:
     return found
 
 
+def matching(name: str, directory: Path | None = None, **wanted) -> list[Record]:
+    """Records of an experiment whose configuration has all these values, oldest first; maybe none.
+
+    Raises FileNotFoundError and ValueError as `load` does.
+    """
+    return [r for r in load(name, directory) if r.configuration.items() >= wanted.items()]
+
+
 def on_gpu(part: str, job: str = "", directory: Path | None = None) -> list[Record]:
     """Records of a part of companion/experiments/gpu.py at full size whose job's name begins with `job`.
 
