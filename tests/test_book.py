@@ -7,6 +7,7 @@ import pytest
 from book_checks import NOTEBOOK_RULES
 from book_notebook import Chapter, read_chapter
 from book_pages import BOOK_RULES, book_pages
+from faq_checks import FAQ_RULES, is_faq
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = [path for path in book_pages(ROOT) if path.suffix == ".ipynb"]
@@ -22,8 +23,12 @@ def test_there_is_a_chapter():
     assert CHAPTERS
 
 
-@pytest.mark.parametrize("rule", NOTEBOOK_RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+RULES = [(path, rule) for path in CHAPTERS for rule in (FAQ_RULES if is_faq(path.stem) else NOTEBOOK_RULES)]
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"), RULES, ids=[f"{path.stem}-{rule.__name__}" for path, rule in RULES]
+)
 def test_chapter(path, rule):
     problems = rule(chapter(path))
     assert not problems, "\n".join(["", rule.__doc__, *problems])

@@ -76,7 +76,9 @@ CHAPTERS = {
     "17_many_gpus": "sharding",
     "18_variants": "variants",
     "19_lora_versus_qlora": None,
-    "20_faq_by_experiment": None,
+    "20a_faq_training": None,
+    "20b_faq_memory": None,
+    "20c_faq_files": None,
 }
 
 
