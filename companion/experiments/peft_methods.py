@@ -3,7 +3,7 @@
 Every method adapts all linear layers of SmolLM2 over bitsandbytes, at its defaults or at rank 8 where it has
 ranks, and takes a few steps. What fails is recorded with the first words of its error, as a reader would meet
 them. One record a method in records/peft_methods.jsonl; resumes. Times are for a machine that does nothing
-else: plain LoRA is measured first and last.
+else: plain LoRA is measured first and last. LoRA-GA, which first needs gradients, is left out.
 
     python companion/experiments/peft_methods.py
 """
@@ -36,7 +36,6 @@ METHODS = {
     "OLoRA": ("LoraConfig", LORA | {"init_lora_weights": "olora"}),
     "orthogonal start": ("LoraConfig", LORA | {"init_lora_weights": "orthogonal"}),
     "CorDA": ("LoraConfig", LORA | CORDA),
-    "LoRA-GA": ("LoraConfig", LORA | {"init_lora_weights": "lora_ga"}),
     "MiCA": ("LoraConfig", LORA | {"init_lora_weights": "mica"}),
     "AdaLoRA": ("AdaLoraConfig", {"init_r": 12, "target_r": 8, "total_step": 100}),
     "VeRA": ("VeraConfig", {}),
