@@ -316,6 +316,15 @@ def opening(chapter: Chapter) -> list[str]:
     return []
 
 
+def numbered_title(chapter: Chapter) -> list[str]:
+    """The title begins with the chapter's number, by which the other pages name it."""
+    number = chapter.name.partition("_")[0]
+    titles = re.findall(r"^# (.+)", chapter.cells[0].source, re.M)
+    if not titles or titles[0].startswith(f"{number} "):
+        return []  # without a title, `opening` reports it
+    return [f"{chapter.cells[0].where}: the title does not begin with '# {number} '"]
+
+
 def sections(chapter: Chapter) -> list[str]:
     """The sections of the pattern are there, once each, in their order."""
     titles = [(block.title, block.cell) for block in chapter.blocks if block.title in SECTIONS]
@@ -571,7 +580,7 @@ NOTEBOOK_RULES = (
     valid_format, clean_metadata, known_tags, parses, executed, no_errors, no_stderr,
     no_absolute_paths, no_object_addresses, no_trailing_semicolon, few_ignored_outputs,
     no_network, no_widgets, no_remote_media, safe_loading,
-    colab_cell, opening, sections, duration, claims, build_meet_trust, naive_functions,
+    colab_cell, opening, numbered_title, sections, duration, claims, build_meet_trust, naive_functions,
     verdicts, predictions, nothing_hidden, cell_lengths, prose_before_code,
     figures, figure_alt_text, image_alt_text, exercises, solutions, own_names,
 )  # fmt: skip

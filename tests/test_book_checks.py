@@ -69,7 +69,7 @@ def exercise(number):
 
 def good_cells():
     opening = (
-        "# Quickstart\n\nYou double a number and see that it holds.\n\n"
+        "# 00 Quickstart\n\nYou double a number and see that it holds.\n\n"
         "## Before you start\n\nYou need nothing. It takes two minutes.\n\n"
         "## Claims\n\n1. One doubles.\n2. Two doubles.\n3. Three doubles.\n\n"
         f"![{ALT}](_static/line.png) and [the notation](notation.md)\n\n```text\n# not a title\n```"
@@ -402,11 +402,13 @@ CHAPTER_DEFECTS = [
     ("colab_cell", "torch free to move", swap("\"torch=={had['torch']}\" ", "")),
     ("colab_cell", "in sight", tags("google.colab", "colab")),
     ("colab_cell", "twice", tags("assert naive_double(2)", "colab")),
-    ("colab_cell", "not first", after("# Quickstart", code("early = 1", "hide-cell"))),
+    ("colab_cell", "not first", after("# 00 Quickstart", code("early = 1", "hide-cell"))),
     ("opening", "two titles", tells("# Another title")),
-    ("opening", "no title", swap("# Quickstart\n\n", "")),
+    ("opening", "no title", swap("# 00 Quickstart\n\n", "")),
     ("opening", "no promise", swap("You double a number and see that it holds.\n\n", "")),
     ("opening", "two sentences", swap("it holds.", "it holds. You see more.")),
+    ("numbered_title", "no number", swap("# 00 Quickstart", "# Quickstart")),
+    ("numbered_title", "another number", swap("# 00 Quickstart", "# 01 Quickstart")),
     *[
         ("sections", f"without {name}", swap(name, f"Not {name}"))
         for name in ("Before you start", "Claims", "Takeaways", "Exercises", "Further reading", "Next")
