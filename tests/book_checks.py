@@ -319,7 +319,7 @@ def opening(chapter: Chapter) -> list[str]:
 def numbered_title(chapter: Chapter) -> list[str]:
     """The title begins with the chapter's number, by which the other pages name it."""
     number = chapter.name.partition("_")[0]
-    titles = re.findall(r"^# (.+)", chapter.cells[0].source, re.M)
+    titles = re.findall(r"^# (.+)", unfenced(chapter.cells[0].source), re.M)
     if not titles or titles[0].startswith(f"{number} "):
         return []  # without a title, `opening` reports it
     return [f"{chapter.cells[0].where}: the title does not begin with '# {number} '"]
