@@ -3,7 +3,7 @@
 Every method adapts the same layers with the same rank, so that as many parameters train (DoRA has one more a
 row). For each method and task the learning rate climbs a grid of √10 until both neighbours of the best have
 been tried (lowest validation loss, seed 0); the best rate and its two neighbours are then run with further
-seeds. Forgetting is the perplexity of other text, whose baseline is the base before any method started. A
+seeds, and so on until the best mean lies between two neighbours. Forgetting is the perplexity of other text, whose baseline is the base before any method started. A
 run is one record in records/variants.jsonl: cut it anywhere, start it again, and it goes on where it was.
 
     python companion/experiments/variants.py --bases nf4 --methods lora dora
@@ -139,14 +139,17 @@ def best_exponent(asked: dict, seeds: int) -> float:
 
 
 def sweep(asked: dict, record, seeds: int) -> None:
-    """The climb with seed 0, then the best rate and its neighbours with the other seeds."""
+    """The climb with seed 0; then all seeds, until the best mean has run neighbours on both sides."""
     while (exponent := next_exponent(tried(asked), METHODS[asked["method"]])) is not None:
         record(asked | {"log10_learning_rate": exponent}, 0)
-    losses = tried(asked)
-    best = min(losses, key=losses.get)
-    for exponent in (best, best - GRID, best + GRID):
-        for seed in range(1, seeds):
-            record(asked | {"log10_learning_rate": exponent}, seed)
+    losses, best = tried(asked), None
+    chosen = min(losses, key=losses.get)
+    while chosen != best:
+        best = chosen
+        for exponent in (best, best - GRID, best + GRID):
+            for seed in range(seeds):
+                record(asked | {"log10_learning_rate": exponent}, seed)
+        chosen = best_exponent(asked, seeds)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,12 +14,12 @@ from lora2qlora.variants.pissa import linear_with
 def loftq(linear: nn.Linear, rank: int, alpha: float, iterations: int = 1, **options) -> LoRALinear:
     """A LoRALinear over NF4 whose sum s B A + Ŵ is near W; the given layer stays as it is.
 
-    Each iteration quantizes W - s B A and takes for s B A the best rank-r part of what that misses, from
-    B A = 0. `options` are those of NF4Linear.from_linear. W has to be the weight before any rounding: from
-    one that lies on NF4's grid already nothing is missing in the first iteration, and B A stays zero.
+    Starting from B A = 0, each iteration quantizes W - s B A and sets s B A to the best rank-r part of the
+    error left in W. `options` are those of NF4Linear.from_linear. W has to be the weight before any rounding:
+    if it already lies on NF4's grid, nothing is missing in the first iteration, and B A stays zero.
 
-    Raises ValueError: iterations below 1, and as `pissa`; TypeError: no plain nn.Linear. Li and others 2023
-    (arXiv 2310.08659), algorithm 1. PEFT's runs on a GPU only.
+    Raises ValueError: iterations below 1, and as `pissa`; TypeError: not a plain nn.Linear. Li and others 2023
+    (arXiv 2310.08659), algorithm 1. PEFT's version needs a GPU.
     """
     check_linear(linear)
     if iterations < 1:

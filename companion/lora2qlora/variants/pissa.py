@@ -12,11 +12,11 @@ from lora2qlora.qlora.checks import check_linear
 def pissa(linear: nn.Linear, rank: int, alpha: float) -> LoRALinear:
     """A LoRALinear that starts with s B A = the best rank-r part of W, over a new base that holds the rest.
 
-    It starts out equal to the given layer, which stays as it is, up to one rounding to W's dtype. Quantize
-    the new base, and the remainder alone is rounded: that is QPiSSA. The adapter makes no sense over W:
-    before you save it for a model as it was published, turn it into a plain one by `as_plain_lora`.
+    Up to one rounding to W's dtype it starts out equal to the given layer, which is left unchanged. Quantize
+    the new base, and only the rest is rounded: that is QPiSSA. The adapter makes no sense over W: before
+    you save it for use with the published model, turn it into a plain adapter with `as_plain_lora`.
 
-    Raises ValueError: as LoRALinear, a weight that is quantized already or not finite; TypeError: no plain
+    Raises ValueError: as LoRALinear, a weight that is quantized already or not finite; TypeError: not a plain
     nn.Linear. Meng, Wang and Zhang 2024 (arXiv 2404.02948), equations 2 to 4.
     """
     check_linear(linear)
