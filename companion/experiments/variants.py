@@ -3,8 +3,9 @@
 Every method adapts the same layers with the same rank, so that as many parameters train (DoRA has one more a
 row). For each method and task the learning rate climbs a grid of √10 until both neighbours of the best have
 been tried (lowest validation loss, seed 0); the best rate and its two neighbours are then run with further
-seeds, and so on until the best mean lies between two neighbours. Forgetting is the perplexity of other text, whose baseline is the base before any method started. A
-run is one record in records/variants.jsonl: cut it anywhere, start it again, and it goes on where it was.
+seeds, and so on until the best mean lies between two neighbours. Forgetting is the perplexity of other text,
+whose baseline is the base before any method started. A run is one record in records/variants.jsonl: cut it
+anywhere, start it again, and it goes on where it was.
 
     python companion/experiments/variants.py --bases nf4 --methods lora dora
 """

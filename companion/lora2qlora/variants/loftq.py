@@ -18,8 +18,8 @@ def loftq(linear: nn.Linear, rank: int, alpha: float, iterations: int = 1, **opt
     error left in W. `options` are those of NF4Linear.from_linear. W has to be the weight before any rounding:
     if it already lies on NF4's grid, nothing is missing in the first iteration, and B A stays zero.
 
-    Raises ValueError: iterations below 1, and as `pissa`; TypeError: not a plain nn.Linear. Li and others 2023
-    (arXiv 2310.08659), algorithm 1. PEFT's version needs a GPU.
+    Raises ValueError: iterations below 1, and as `pissa`; TypeError: not a plain nn.Linear. Li and others
+    2023 (arXiv 2310.08659), algorithm 1. PEFT's version needs a GPU.
     """
     check_linear(linear)
     if iterations < 1:
