@@ -29,6 +29,7 @@ from lora2qlora.variants import (
     pissa,
     rslora_alpha,
 )
+from lora2qlora.variants.pissa import linear_with
 from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -393,3 +394,23 @@ def test_adapt_changes_nothing_on_an_error():
     add_lora(model, "all-linear", 2, 4)
     with pytest.raises(ValueError, match="adapters already"):
         adapt(model, "all-linear", picky)
+
+
+def test_loftq_finds_its_correction_in_float32_whatever_the_base_computes_in():
+    options = {"double_quant": False, "compute_dtype": torch.bfloat16}
+    linear = a_linear().bfloat16()
+    layer = loftq(linear, 4, 6, 1, **options)
+    missing = linear.weight.float() - layer.base.dequantize(layer.base.weight, torch.float32)
+    kept = torch.linalg.svdvals(missing)[:4].square().sum()
+    left = (missing - layer.delta_weight()).square().sum()
+    assert_close(left, missing.square().sum() - kept, rtol=1e-5, atol=1e-7)
+
+
+def test_a_plain_adapter_has_the_dtype_that_it_had_and_freezes_the_bias():
+    linear = a_linear().bfloat16()
+    layer = pissa(linear, 4, 6)
+    assert not any(p.requires_grad for p in layer.base.parameters())
+    assert not any(p.requires_grad for p in linear_with(a_linear(), torch.zeros(24, 64)).parameters())
+    for dtype in (torch.bfloat16, torch.float64):
+        started = copy.deepcopy(layer).to(dtype)
+        assert as_plain_lora(started, started, copy.deepcopy(linear)).lora_A.dtype == dtype
