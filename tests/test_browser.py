@@ -15,6 +15,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -258,6 +259,20 @@ def search_fails(browser, base: str, term: str, patience_s: float = 120) -> list
         return script_errors(visit) + foreign_requests(visit) + failed_requests(visit)
 
 
+def cure_not_found(browser, base: str, words: str, most: int = 10, patience_s: float = 120) -> list[str]:
+    """An error's words for which none of the first results is a page of symptoms or questions."""
+    with visited(browser, base, f"search.html?q={quote(words)}") as visit:
+        try:
+            visit.page.wait_for_selector("#search-results li a", timeout=1000 * patience_s)
+        except NoAnswer:
+            return [f"no search result for {words!r}"]
+        visit.page.wait_for_timeout(1000)  # results come one after the other
+        links = visit.page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
+        if not any(re.search(r"/(symptoms|\d\d[a-z]_faq_\w+)\.html", link) for link in links[:most]):
+            return [f"the search for {words!r} leads to {links[:most]}"]
+        return []
+
+
 def map_marks_wrong(visit: Visit, chapters: list[str]) -> list[str]:
     """Chapters that the map or the list of the front page marks otherwise than the contents."""
     stems = {Path(chapter).name for chapter in chapters}
@@ -354,6 +369,25 @@ def test_root_leads_to_the_book(browser, book):
 @pytest.mark.parametrize("term", ["perplexity", "adapter"])
 def test_search_finds(browser, book, term):
     assert search_fails(browser, book, term) == []
+
+
+ERRORS = (
+    "element 0 of tensors does not require grad",
+    "Found missing adapter keys while loading the checkpoint",
+    "got an unexpected keyword argument",
+    "CUDA out of memory",
+    "incomplete metadata, file not fully covered",
+    "may get different generations due to rounding errors",
+    "missing pre-tokenizer type",
+    "failed to apply lora adapter: tensor has incorrect shape",
+    "adapter_model.bin",
+    "Found an incompatible version of torchao",
+)
+
+
+@pytest.mark.parametrize("words", ERRORS)
+def test_the_search_leads_from_an_error_to_its_cure(browser, book, words):
+    assert cure_not_found(browser, book, words) == []
 
 
 def test_map_agrees_with_the_contents(browser, book):
@@ -568,6 +602,16 @@ def test_right_launch_buttons_pass(browser, tmp_path):
     body = f'<a href="{colab}">C</a> <a href="{binder}">B</a> <a href="x.ipynb">D</a>'
     with visited_page(browser, tmp_path, body) as visit:
         assert launch_buttons_wrong(visit, "book/01_x", REPOSITORY, "main") == []
+
+
+def test_a_search_that_leads_elsewhere_is_caught(browser, tmp_path):
+    found = '<ul id="search-results"><li><a href="{}.html">x</a></li></ul>'
+    with served(tmp_path) as base:
+        for page, missing in (("symptoms", 0), ("20a_faq_training", 0), ("chapter", 1)):
+            (tmp_path / "search.html").write_text(GOOD.format(found.format(page)), "utf-8")
+            assert len(cure_not_found(browser, base, "an error")) == missing
+        (tmp_path / "search.html").write_text(GOOD.format(""), "utf-8")
+        assert "no search result" in cure_not_found(browser, base, "x", patience_s=0.5)[0]
 
 
 def test_a_search_that_fails_is_caught(browser, tmp_path):
