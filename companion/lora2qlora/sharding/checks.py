@@ -59,8 +59,9 @@ def check_kind(name: str, linear: nn.Module) -> None:
         return
     if hasattr(weight, "quant_state") and not weight.is_floating_point():
         raise ValueError(
-            f"{name} holds its 4 bits in {weight.dtype}, which engines leave whole on every card: load the "
-            "model with bnb_4bit_quant_storage=torch.bfloat16, the dtype of the rest"
+            f"{name} holds its 4 bits in {weight.dtype}, which accelerate leaves whole on every card and "
+            "some releases of torch break: load the model with bnb_4bit_quant_storage=torch.bfloat16, the "
+            "dtype of the rest"
         )
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         raise TypeError(

@@ -31,8 +31,9 @@ def shard(
     floats alone.
 
     Raises ValueError: no process group, a model that is sharded or wrapped, blocks that are not found, a
-    trained dtype beside another, a base that would stay whole on every card (bitsandbytes with storage in
-    8-bit integers); TypeError: a linear layer of an unknown kind. Then nothing is changed. Chapter 17.
+    trained dtype beside another, a base of bitsandbytes with storage in 8-bit integers (accelerate leaves it
+    whole on every card, and some releases of torch break it: one storage for every engine); TypeError: a
+    linear layer of an unknown kind. Then nothing is changed. Chapter 17.
     """
     check_group(mesh)
     check_whole(model)
