@@ -18,10 +18,8 @@ def test_another_record_is_noticed(name, monkeypatch):
         records = load(asked, *options)
         if asked == name:
             for r in records:
-                for figures in (r.figures, *r.figures.get("ways", {}).values()):
-                    for key in ("test_loss", "loss"):
-                        if key in figures:
-                            figures[key] *= 1 + 0.3 * (r.seed + 1) * (len(r.configuration) % 2 + 1)
+                for place, figures in enumerate((r.figures, *r.figures.get("ways", {}).values()), r.seed):
+                    figures |= {k: v + 0.2 * place for k, v in figures.items() if k in ("test_loss", "loss")}
         return records
 
     before = cheat_sheet_page.page()
