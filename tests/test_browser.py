@@ -390,6 +390,18 @@ def test_the_search_leads_from_an_error_to_its_cure(browser, book, words):
     assert cure_not_found(browser, book, words) == []
 
 
+def test_the_cheat_sheet_prints_on_one_side(browser, book):
+    with visited(browser, book, "book/cheat_sheet.html") as visit:
+        assert sides(visit.page.pdf(prefer_css_page_size=True)) == 1
+        visit.page.add_style_tag(content=".cheat-sheet { font-size: 16pt !important; }")
+        assert sides(visit.page.pdf(prefer_css_page_size=True)) > 1
+
+
+def sides(pdf: bytes) -> int:
+    """The pages of a PDF that Chromium wrote."""
+    return len(re.findall(rb"/Type\s*/Page[^s]", pdf))
+
+
 def test_map_agrees_with_the_contents(browser, book):
     with visited(browser, book, f"{TOC['root']}.html") as visit:
         assert map_marks_wrong(visit, CHAPTERS) == []
