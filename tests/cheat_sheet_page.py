@@ -84,7 +84,8 @@ def gain_kept(way: str) -> str:
     for r in measured.load("merging"):
         gone, end = (r.figures["ways"][w]["loss"] for w in ("base alone", "apart"))
         shares.append((gone - r.figures["ways"][way]["loss"]) / (gone - end))
-    return f"{min(shares):.0%} to {max(shares):.0%}"
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
 def states(method, optimizer) -> str:
