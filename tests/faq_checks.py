@@ -50,7 +50,7 @@ def split(chapter: Chapter) -> list[tuple[str, list[Cell]]]:
     """The page's sections: each `## title` with the cells from there to the next one."""
     found = [("", [])]
     for cell in chapter.cells:
-        title = re.match(r"## (.+)", cell.source) if cell.kind == "markdown" else None
+        title = re.match(r"(?:\(\S+\)=\s+)?## (.+)", cell.source) if cell.kind == "markdown" else None
         if title:
             found.append((title.group(1).strip(), []))
         found[-1][1].append(cell)
