@@ -10,7 +10,7 @@ from book_notebook import Chapter, read_chapter
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
 MOST = 3200  # words of prose; tables, code and folded boxes are not counted
-TOO_LONG = {"10_qlora", "12_optimizers"}  # of the first edition; the list may only become shorter
+TOO_LONG = {"10_qlora"}  # of the first edition; the list may only become shorter
 WORDS_A_MINUTE, SECONDS_A_LINE = 180, 15
 TOLERANCE = 0.2  # of the minutes
 STATED = re.compile(r"[Rr]eading(?: everything)?[^.]*? (\d+) minutes")
