@@ -130,3 +130,18 @@ def test_facts_of_a_method_that_fails_are_its_words_and_where(peft_methods):
     assert facts["stage"] == "adding"
     assert facts["failed"].startswith("TypeError: Please initialize PiSSA under float32")
     assert "trainable" not in facts
+
+
+def test_the_best_mean_gets_neighbours_where_seeds_disagree_with_the_first(variants, monkeypatch):
+    made = []
+
+    def stub(original, tokenizer, task, asked, seed):
+        made.append((asked["log10_learning_rate"], seed))
+        return {"validation_loss": (made[-1][0] + 3.0 + 0.6 * seed) ** 2}
+
+    monkeypatch.setattr(variants, "run", stub)
+    monkeypatch.setattr(variants, "load_base_model", lambda name: (None, None))
+    variants.main(["--methods", "lora", "--bases", "nf4", "--tasks", "wordnet"])
+    whole = {e for e, _ in made if {(e, seed) for seed in range(3)} <= set(made)}
+    assert {-4.0, -3.5, -3.0} <= whole  # the mean is lowest at -3.5, seed 0 at -3.0
+    assert len(made) == len(set(made))
