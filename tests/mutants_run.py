@@ -103,7 +103,7 @@ class Workshop:
             for path in data.measured_files():
                 file = str(Path(path).relative_to((slot / "lora2qlora").resolve()))
                 lines[file] = data.contexts_by_lineno(path)
-            modules = [name for name in sys.modules if not name.startswith(("lora2qlora", "test_", "__"))]
+            modules = [name for name in sys.modules if self._is_not_ours(name)]
             passed = {t: s for t, s in choice.seconds.items() if t not in choice.failed}
             kept.write_bytes(
                 pickle.dumps((passed, choice.uses, lines, choice.parents, modules, choice.failed))
@@ -118,6 +118,11 @@ class Workshop:
         _import_all(modules)
         lines = {file: _tests_of(at, seconds, uses) for file, at in lines.items()}
         return seconds, lines, _tests_of({0: parents}, seconds, uses)[0]
+
+    def _is_not_ours(self, name: str) -> bool:
+        """Whether a module lies outside of the package and the tests, whose helpers import the package."""
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        return not name.startswith(("lora2qlora", "__")) and not file.startswith(str(self.root / "tests"))
 
     def _check_unchanged(self, files: list[str], seconds: dict[str, float]) -> None:
         """The package as it is passes in a fork; RuntimeError otherwise."""
@@ -199,13 +204,17 @@ def _tests_of(contexts: dict, seconds: dict[str, float], uses: dict) -> dict[int
 
 
 def _import_all(modules: list[str]) -> None:
-    """Import what the tests import, so that no fork has to; what cannot be is left to them."""
+    """Import what the tests import, so that no fork has to; what cannot be is left to them.
+
+    RuntimeError where the package is among it: every mutant would survive.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in modules:
-            if not name.startswith(("conftest", "book_", "mutants", "tests")):
-                with contextlib.suppress(BaseException):
-                    importlib.import_module(name)
+            with contextlib.suppress(BaseException):
+                importlib.import_module(name)
+    if any(name.startswith("lora2qlora") for name in sys.modules):
+        raise RuntimeError("the package is imported before the forks: no mutant would be tested")
     gc.collect()
     gc.freeze()  # a fork need not look through what will stay
 

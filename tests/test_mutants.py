@@ -126,6 +126,9 @@ ROOM = """
     def only_there():
         return 7
 
+    def three():
+        return 3
+
     @functools.cache
     def answer():
         return 42
@@ -136,6 +139,10 @@ ROOM = """
 CHECKS = """
     import pytest
     from lora2qlora import tiny
+    from helper import three
+
+    def test_by_a_helper_of_the_tests():
+        assert three() == 3
 
     FIVE = tiny.count(5)  # before any test
 
@@ -167,9 +174,11 @@ CHECKS = """
 
 
 def test_a_mutant_is_caught_or_survives_or_hangs(tmp_path):
-    """Also through a cache, on import, in a child process, and by another user of a shared fixture."""
+    """Also through a cache, a helper, on import, in a child process, by another user of a shared fixture."""
     room, checks = (textwrap.dedent(text) for text in (ROOM, CHECKS))
-    for name, text in {"companion/lora2qlora/tiny.py": room, "tests/test_tiny.py": checks}.items():
+    texts = {"companion/lora2qlora/tiny.py": room, "tests/test_tiny.py": checks}
+    texts["tests/helper.py"] = "from lora2qlora.tiny import three\n"
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "companion/lora2qlora/__init__.py").touch()
@@ -181,6 +190,7 @@ def test_a_mutant_is_caught_or_survives_or_hangs(tmp_path):
         ("return subprocess", "return 1 + subprocess"): "caught",
         ("return 42", "return 43"): "caught",
         ("return 7", "return 8"): "caught",
+        ("return 3", "return 4"): "caught",
         ("return 1", "return 2"): "survived",
         ("return 1", "1 +"): "caught",  # no Python
     }
