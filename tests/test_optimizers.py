@@ -987,6 +987,20 @@ def test_what_a_killed_save_left_is_tidied_by_the_next_of_that_file(tmp_path):
     load_optimizer(AdamW8bit(pair()), tmp_path / "state.safetensors")
 
 
+def test_what_cannot_be_tidied_stops_no_save(tmp_path, monkeypatch):
+    left = tmp_path / ".writing-killed"
+    left.mkdir()
+    (left / "state.safetensors").touch()
+
+    def refuse(path, **options):
+        raise PermissionError(f"not yours: {path}")
+
+    monkeypatch.setattr("os.unlink", refuse)
+    save_optimizer(trained_pair(), tmp_path / "state.safetensors")
+    assert left.exists()
+    load_optimizer(AdamW8bit(pair()), tmp_path / "state.safetensors")
+
+
 def test_two_writers_do_not_tidy_each_other_away(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 

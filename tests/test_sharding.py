@@ -23,6 +23,7 @@ from sharded import (
     train_sharded,
 )
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 SHAPES = [(16, 64), (7, 9), (1, 1), (3, 64), (64, 3), (33, 130)]
@@ -120,6 +121,14 @@ def test_every_rank_holds_its_part_and_all_of_them_the_whole(out, in_, ranks):
         if dist.is_initialized():
             dist.destroy_process_group()
     assert held == {"packed": packed, "codes": codes}
+
+
+def test_each_block_is_gathered_by_itself(as_rank):
+    as_rank(0, 2)
+    model = odd_model()
+    names = shard(model)
+    groups = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    assert groups == ["", *names]
 
 
 # --- refused -----------------------------------------------------------------------------------------------
