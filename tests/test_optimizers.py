@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -987,17 +988,21 @@ def test_what_a_killed_save_left_is_tidied_by_the_next_of_that_file(tmp_path):
     load_optimizer(AdamW8bit(pair()), tmp_path / "state.safetensors")
 
 
-def test_what_cannot_be_tidied_stops_no_save(tmp_path, monkeypatch):
-    left = tmp_path / ".writing-killed"
-    left.mkdir()
-    (left / "state.safetensors").touch()
+def test_what_cannot_be_tidied_does_not_keep_the_rest(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / f".writing-{name}").mkdir()
+        (tmp_path / f".writing-{name}" / "state.safetensors").touch()
+    remove, calls = os.unlink, []
 
-    def refuse(path, **options):
-        raise PermissionError(f"not yours: {path}")
+    def refuse_once(path, **options):
+        calls.append(path)
+        if len(calls) == 1:
+            raise PermissionError(f"not yours: {path}")
+        remove(path, **options)
 
-    monkeypatch.setattr("os.unlink", refuse)
+    monkeypatch.setattr(os, "unlink", refuse_once)
     save_optimizer(trained_pair(), tmp_path / "state.safetensors")
-    assert left.exists()
+    assert len(list(tmp_path.glob(".writing-*"))) == 1
     load_optimizer(AdamW8bit(pair()), tmp_path / "state.safetensors")
 
 
