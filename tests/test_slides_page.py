@@ -1,6 +1,8 @@
 """The file of the slides: its figures are the notebooks' own, it needs nothing else, and faults are told."""
 
+import base64
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -10,7 +12,6 @@ from pathlib import Path
 import pytest
 import slides_deck
 import slides_page
-import slides_sources
 from slides_deck import read_slides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,10 +55,16 @@ def test_another_file_or_host_is_found(text):
 
 
 def test_the_figures_are_the_notebooks_own(page):
-    for slide in SLIDES:
-        if "figure" in slide.fields:
-            content = slides_sources.figure(*slide.fields["figure"].split(" ", 1)).content
-            assert page.count(content.replace("\n", "")) == 1
+    there = {
+        base64.b64decode("".join(output["data"]["image/png"]))
+        for path in (ROOT / "book").glob("[01]*.ipynb")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", ())
+    }
+    shown = [base64.b64decode(one) for one in re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)]
+    assert len(shown) == sum("figure" in slide.fields for slide in SLIDES)
+    assert set(shown) <= there
 
 
 def test_an_answer_waits_for_the_next_key():
@@ -104,6 +111,7 @@ def test_reveal_is_as_it_was_published():
         (GOOD.replace("Notes: Say it.", ""), "has no `Notes:`"),
         (GOOD + "Notes: Again.", "has 'Notes:' twice"),
         (GOOD.replace("10\n", "10\nfigure: 03 fig-no-such\n"), "0 figures for 'fig-no-such'.*\n.*fig-lora"),
+        (GOOD.replace("10\n", "10\nfigure: 03 rank\n"), "[2-9] figures for 'rank'.*\n.*fig-lora"),
         (GOOD.replace("10\n", "10\nfigure: 99 fig-lora-shapes\n"), "no chapter '99'"),
         (GOOD.replace("10\n", "10\ntable: 03 no such\n"), "0 tables for 'no such'; they begin"),
         (GOOD.replace("10\n", "10\nprinted: 03 Claim\n"), "prints 4 lines that begin with 'Claim'"),
