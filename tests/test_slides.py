@@ -61,7 +61,7 @@ def test_minutes_that_do_not_add_up_are_found():
 
 def test_the_track_is_whole_and_of_forty_to_sixty_slides():
     assert list(CHAPTERS) == TRACK
-    assert 40 <= len(SLIDES) <= 60
+    assert 40 <= sum(slide.title not in ("Break", "Lunch") for slide in SLIDES) <= 60
 
 
 @pytest.mark.parametrize("number", TRACK)
