@@ -141,6 +141,13 @@ def test_a_figure_with_a_label_is_named_by_it():
         assert label in ("", name), f"chapter {number}: write {label}, not {name!r}"
 
 
+def test_a_printed_line_is_named_by_what_it_says():
+    """A claim's number alone would go on fitting when the claims are counted anew."""
+    named = [name for s in SLIDES for kind, _, name in sources(s) if kind == "printed"]
+    assert len(named) >= 10
+    assert all(len(re.findall(r"[^\W\d]{3,}|×", name)) >= 3 for name in named)
+
+
 def labels(number: str) -> set[str]:
     """The exercises of a chapter."""
     cells = slides_sources.chapter(number).prose
