@@ -1,6 +1,7 @@
 """make: a failed installation never counts as done, with the oldest make that readers have too."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,6 +44,19 @@ def test_a_failed_installation_is_not_done(setup):
     assert "Collecting torch" in output
     assert not (folder / ".installed").exists()
     assert "Ready" not in output
+
+
+def test_each_command_in_the_list_is_phony():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    phony = set(re.search(r"^\.PHONY:(.*)$", text, re.M)[1].split())
+    assert phony == set(re.findall(r"^([a-z-]+):.*## ", text, re.M))
+
+
+def test_slides_need_the_environment_and_nothing_else():
+    command = ["make", "-n", "slides", "VENV=env", "MAKEFLAGS="]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "env/bin/python tests/slides_page.py" in done.stdout
+    assert "env/.package" not in done.stdout
 
 
 def test_an_installation_that_ends_well_is_done(setup):
