@@ -52,6 +52,7 @@ FOLDERS = {
 LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "model_folder", "models")
 LAB += ("tasks", "guards", "batches", "scores", "training", "chat_rows", "chat_file")
 LAB += ("chat_split", "chat", "output_folder", "measured", "run_card", "checkpoints", "noise", "notebook")
+LAB += ("machine", "installed", "check")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
 CLOCKS = re.compile(r"(time|perf_counter|process_time|thread_time|monotonic)(_ns)?")
 # Chapter by chapter, the room it is about; None where the book has none.
