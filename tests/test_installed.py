@@ -127,9 +127,9 @@ def test_a_bitsandbytes_that_quantizes_wrongly_is_named(monkeypatch, wrong):
             raise RuntimeError("no kernel for this processor")
         return torch.zeros(64)
 
-    assert installed.four_bits() is None
+    assert installed.nf4_finding() is None
     monkeypatch.setattr(functional, "dequantize_4bit", dequantize)
-    found = installed.four_bits()
+    found = installed.nf4_finding()
     assert ("no kernel" if wrong == "error" else "[0.0, 0.0") in found.said
     assert found.chapters == EVERY
 

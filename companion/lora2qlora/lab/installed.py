@@ -86,7 +86,7 @@ def libraries() -> list[Finding]:
             found.append(Finding(said, f"pip install --force-reinstall {name}", EVERY))
     if found:
         return found
-    found += [torchao(), four_bits()]
+    found += [torchao(), nf4_finding()]
     return [Finding("torch, transformers, datasets, PEFT and bitsandbytes import"), *filter(None, found)]
 
 
@@ -102,7 +102,7 @@ def torchao() -> Finding | None:
     return None
 
 
-def four_bits() -> Finding | None:
+def nf4_finding() -> Finding | None:
     """That bitsandbytes quantizes four numbers to NF4 and back."""
     import torch
     from bitsandbytes import functional
