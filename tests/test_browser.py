@@ -562,7 +562,7 @@ def test_the_quiz_explains_answers_and_keeps_them(browser, book):
         two.locator("button").click()
         said = two.locator("[role=status]").text_content()
         assert said.startswith("Not right. ")
-        assert f"Right is: {second['options'][right_answer(second)]['text']}" in said
+        assert f"Right: {second['options'][right_answer(second)]['text']}" in said
         wrong = [option["said"]["url"] for option in second["options"] if "said" in option]
         links = two.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
         assert sorted(links) == sorted([*wrong, f"{second['chapter']}.html#{second['anchor']}"])

@@ -86,7 +86,7 @@ if (typeof document !== "undefined") {
       if (taken === undefined) { return; }
       explain(said, option.right ? "Right." : "Not right.", option);
       question.options.forEach(function (other, i) {
-        if (i !== taken) { explain(said, (other.right ? "Right is: " : "Not right is: ") + other.text, other); }
+        if (i !== taken) { explain(said, (other.right ? "Right: " : "Wrong: ") + other.text, other); }
       });
       read = make("p", said, "Read on: ");
       link(read, question.chapter + ".html#" + question.anchor,
