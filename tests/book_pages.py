@@ -37,8 +37,9 @@ def book_pages(root: Path) -> list[Path]:
 
 
 def _proses(root: Path) -> Iterator[tuple[str, Path, str]]:
-    """(place, file, markdown) of every page, the README and the guide for contributors."""
-    for path in [*book_pages(root), root / "README.md", root / ".github" / "CONTRIBUTING.md"]:
+    """(place, file, markdown) of every page, the README, the changes and the guide for contributors."""
+    others = ("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", ".github/pull_request_template.md")
+    for path in [*book_pages(root), *(root / name for name in others)]:
         if path.suffix == ".ipynb":
             yield from ((cell.where, path, cell.source) for cell in read_chapter(path).prose)
         elif path.exists():

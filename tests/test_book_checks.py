@@ -146,6 +146,7 @@ _config.yml  _toc.yml   its format
 environment.yml  pins
 pyproject.toml   settings
 Makefile  LICENSE  README.md
+CITATION.cff  CHANGELOG.md
 ```
 """
 INDEX = f"""\
@@ -159,6 +160,27 @@ INDEX = f"""\
 :alt: {ALT}
 ```
 """
+CITATION = """\
+cff-version: 1.2.0
+message: Cite it.
+title: A book
+authors:
+  - name: Its authors
+version: 0.1.0
+"""
+FORM = """\
+name: It fails
+description: A cell ends with an error.
+body:
+  - type: textarea
+    id: check
+    attributes:
+      label: What `python -m lora2qlora.lab.check` prints
+  - type: input
+    id: failed
+    attributes:
+      label: What you ran
+"""
 TOC = """\
 format: jb-book
 root: book/index
@@ -171,6 +193,7 @@ parts:
 PYPROJECT = """\
 [project]
 name = "lora2qlora"
+version = "0.1.0"
 requires-python = ">=3.10"
 dependencies = ["torch>=2.6,<3", "tomli>=1; python_version < '3.0'"]
 [project.optional-dependencies]
@@ -185,6 +208,10 @@ FILES = {
     "Makefile": "book:\n\t@set -o pipefail; \\\n\techo 'a | b' | cat || exit 1\n",
     "LICENSE": "MIT\n",
     "README.md": README,
+    "CITATION.cff": CITATION,
+    "CHANGELOG.md": "# Changes\n\n## 0.1.0\n\n- [It](book/index.md) is there.\n",
+    ".github/ISSUE_TEMPLATE/fails.yml": FORM,
+    ".github/ISSUE_TEMPLATE/config.yml": "blank_issues_enabled: true\n",
     ".gitignore": "_build/\n*.egg-info/\n",
     ".github/CONTRIBUTING.md": "See [the README](../README.md).\n",
     ".github/workflows/tests.yml": "permissions:\n  contents: read\njobs:\n  test:\n    steps:\n"
@@ -585,6 +612,7 @@ def replaced_link(root):
 
 
 WORKFLOW = ".github/workflows/tests.yml"
+ISSUE = ".github/ISSUE_TEMPLATE/fails.yml"
 PACKAGE = "companion/lora2qlora"
 BODY = "".join(f"    x += {i}\n" for i in range(41))
 DOC = '    """One.\n' + "    More.\n" * 15 + '    """\n'
@@ -700,6 +728,20 @@ REPOSITORY_DEFECTS = [
         text(WORKFLOW, "    steps:", "    container: someone/image:latest\n    steps:"),
     ),
     ("workflows_call_make", "no rights named", text(WORKFLOW, "permissions:\n  contents: read\n", "")),
+    ("citation", "an old version", text("CITATION.cff", "version: 0.1.0", "version: 0.0.9")),
+    ("citation", "another title", text("CITATION.cff", "A book", "Another book")),
+    ("citation", "a field of no schema", text("CITATION.cff", "message", "licence: MIT\nmessage")),
+    ("citation", "no message", text("CITATION.cff", "message: Cite it.\n", "")),
+    ("citation", "another schema", text("CITATION.cff", "1.2.0", "1.1.0")),
+    ("citation", "a type of no schema", text("CITATION.cff", "message", "type: book\nmessage")),
+    ("citation", "a nameless author", text("CITATION.cff", "- name", "- orcid")),
+    ("citation", "no change told", text("CHANGELOG.md", "## 0.1.0", "## 0.0.9")),
+    ("issue_forms", "a part of no kind", text(ISSUE, "type: input", "type: line")),
+    ("issue_forms", "no words", text(ISSUE, "description: A cell ends with an error.\n", "")),
+    ("issue_forms", "one name twice", text(ISSUE, "id: failed", "id: check")),
+    ("issue_forms", "no label", text(ISSUE, "label: What you ran", "placeholder: What you ran")),
+    ("issue_forms", "another question first", text(ISSUE, "lora2qlora.lab.check", "lora2qlora.lab")),
+    ("local_links", "of the changes", text("CHANGELOG.md", "book/index.md", "book/no.md")),
     ("safe_sources", "pickle", file("companion/experiments/run.py", "from pickle import load\n")),
     ("safe_sources", "torch.load", text(f"{PACKAGE}/lora.py", "svd = ", "state = torch.load\n    svd = ")),
     (

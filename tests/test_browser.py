@@ -533,6 +533,95 @@ def test_every_field_of_will_it_fit_has_a_name(browser, book):
         assert visit.page.eval_on_selector_all(fields, unnamed) == []
 
 
+def quiz_questions() -> list[dict]:
+    """The questions of the page "Quiz", in their order."""
+    text = (ROOT / "book" / "_static" / "quiz_data.js").read_text("utf-8")
+    data = json.loads(text.partition("var QUIZ = ")[2].rstrip().rstrip(";"))
+    return [question for part in data for question in part["questions"]]
+
+
+def right_answer(question: dict) -> int:
+    """The place of the right one among a question's answers."""
+    return next(i for i, option in enumerate(question["options"]) if option["right"])
+
+
+def test_the_quiz_explains_answers_and_keeps_them(browser, book):
+    first, second = quiz_questions()[:2]
+    with visited(browser, book, "book/quiz.html") as visit:
+        page = visit.page
+        score, part = page.locator("#quiz-score"), page.locator("#quiz-score-I")
+        assert page.locator(".quiz-part fieldset").count() == 25
+        one, two = page.locator(f"#quiz-{first['id']}"), page.locator(f"#quiz-{second['id']}")
+        one.locator("button").click()
+        assert one.locator("[role=status]").text_content() == "Choose an answer first."
+        one.locator("input").nth(right_answer(first)).check()
+        one.locator("button").click()
+        assert one.locator("[role=status]").text_content().startswith("Right. ")
+        assert one.locator("code").count() >= 3
+        two.locator("input").nth((right_answer(second) + 1) % 3).check()
+        two.locator("button").click()
+        said = two.locator("[role=status]").text_content()
+        assert said.startswith("Not right. ")
+        assert f"Right: {second['options'][right_answer(second)]['text']}" in said
+        wrong = [option["said"]["url"] for option in second["options"] if "said" in option]
+        links = two.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+        assert sorted(links) == sorted([*wrong, f"{second['chapter']}.html#{second['anchor']}"])
+        assert score.text_content() == "Right: 1 of 25. Not right: 1. Not answered: 23."
+        assert part.text_content() == "Right: 1 of 5. Not right: 1. Not answered: 3."
+        page.reload(wait_until="networkidle")
+        assert score.text_content() == "Right: 1 of 25. Not right: 1. Not answered: 23."
+        assert one.locator("input").nth(right_answer(first)).is_checked()
+        two.locator("button").click()  # try again
+        assert score.text_content() == "Right: 1 of 25. Not right: 0. Not answered: 24."
+        assert two.locator("[role=status]").text_content() == ""
+        page.click("#quiz-forget")
+        assert score.text_content() == "Right: 0 of 25. Not right: 0. Not answered: 25."
+        assert page.locator("#quiz-said").text_content() == "Your answers are forgotten."
+        assert page.locator(".quiz-part input:checked, .quiz-part input:disabled").count() == 0
+        page.reload(wait_until="networkidle")
+        assert score.text_content() == "Right: 0 of 25. Not right: 0. Not answered: 25."
+        assert script_errors(visit) == foreign_requests(visit) == failed_requests(visit) == []
+
+
+def test_the_quiz_works_by_keyboard_and_names_its_parts(browser, book):
+    question = quiz_questions()[0]
+    with visited(browser, book, "book/quiz.html") as visit:
+        page = visit.page
+        field = page.locator(f"#quiz-{question['id']}")
+        field.locator("input").first.focus()
+        for _ in range(right_answer(question)):
+            page.keyboard.press("ArrowDown")
+        page.keyboard.press("Space")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Check"
+        page.keyboard.press("Enter")
+        assert field.locator("[role=status]").text_content().startswith("Right. ")
+        assert page.evaluate("document.activeElement.textContent") == "Try again"  # focus is not lost
+        unnamed = "all => all.filter(e => !e.labels.length || !e.labels[0].innerText.trim()).length"
+        assert page.eval_on_selector_all(".quiz-part input", unnamed) == 0
+        legends = page.locator(".quiz-part fieldset > legend:first-child")
+        assert legends.count() == 25
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (NARROW, "dark")])
+def test_the_quiz_is_readable_when_all_is_answered(browser, book, width, scheme):
+    with visited(browser, book, "book/quiz.html", width, scheme) as visit:
+        for question in quiz_questions():
+            field = visit.page.locator(f"#quiz-{question['id']}")
+            field.locator("input").nth((right_answer(question) + 1) % 3).check()
+            field.locator("button").click()
+        selectors = [".quiz-part legend", ".quiz-part label", ".quiz-part button", ".quiz-part p", ".quiz p"]
+        selectors += [".quiz-part code", ".quiz-part a"]
+        assert [c for c in visit.page.evaluate(CONTRASTS, selectors) if c[0] < 4.5] == []
+        assert wider_than_screen(visit) == []
+
+
+def test_the_quiz_leads_to_sections_that_are_there():
+    for question in quiz_questions():
+        chapter = (HTML / "book" / f"{question['chapter']}.html").read_text("utf-8")
+        assert f'id="{question["anchor"]}"' in chapter, question["id"]
+
+
 # --- Every check, held against a page that is broken on purpose -------------------------------
 
 GOOD = """<!doctype html><html lang="en"><head><title>page</title>

@@ -20,7 +20,13 @@ from book_repository import repository_files
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = {"book", "companion", "tests", "_config.yml", "_toc.yml", "environment.yml", "pyproject.toml"}
-TOP |= {"Makefile", "LICENSE", "README.md"}
+TOP |= {"Makefile", "LICENSE", "README.md", "CITATION.cff", "CHANGELOG.md"}
+# The fields that a citation file may have, by the schema of CFF 1.2.0; the first four it must have.
+CFF = ("cff-version", "message", "title", "authors")
+CFF_MAY = ("abstract", "commit", "contact", "date-released", "doi", "identifiers", "keywords", "license")
+CFF_MAY += ("license-url", "preferred-citation", "references", "repository", "repository-artifact")
+CFF_MAY += ("repository-code", "type", "url", "version")
+FORM_PARTS = {"markdown", "input", "textarea", "dropdown", "checkboxes"}
 # The images in which a workflow's job may run: the one that Colab publishes.
 IMAGES = ("us-docker.pkg.dev/colab-images/public/runtime:latest",)
 # A room imports only rooms that stand before it.
@@ -52,6 +58,7 @@ FOLDERS = {
 LAB = ("terminal", "sources", "cache", "conversion", "profiles", "in_place", "model_folder", "models")
 LAB += ("tasks", "guards", "batches", "scores", "training", "chat_rows", "chat_file")
 LAB += ("chat_split", "chat", "output_folder", "measured", "run_card", "checkpoints", "noise", "notebook")
+LAB += ("machine", "installed", "check")
 NOT_PYTHON = {"lab": {"data", "records"}, "fast": {"fast.cpp"}}
 CLOCKS = re.compile(r"(time|perf_counter|process_time|thread_time|monotonic)(_ns)?")
 # Chapter by chapter, the room it is about; None where the book has none.
@@ -331,9 +338,48 @@ def workflows_call_make(root: Path) -> list[str]:
     return problems
 
 
+def citation(root: Path) -> list[str]:
+    """CITATION.cff has the fields of CFF 1.2.0, and the title and the version that stand elsewhere."""
+    read = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    title = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["title"]
+    changes = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    wrong = [f"no {field}" for field in CFF if not read.get(field)]
+    wrong += [f"{field} is no field of CFF" for field in read if field not in (*CFF, *CFF_MAY)]
+    for field, wanted in {"cff-version": "1.2.0", "title": title, "version": project["version"]}.items():
+        if read.get(field) != wanted:
+            wrong.append(f"{field} is {read.get(field)!r}, expected {wanted!r}")
+    if read.get("type", "software") not in ("software", "dataset"):
+        wrong.append(f"type {read['type']!r}, expected software or dataset")
+    people = [author for author in read.get("authors") or [] if isinstance(author, dict)]
+    if any(not {"name", "family-names", "given-names", "alias"} & set(author) for author in people):
+        wrong.append("an author without a name")
+    problems = [f"CITATION.cff: {it}" for it in wrong]
+    if not changes or changes[1] != project["version"]:
+        problems.append(f"CHANGELOG.md: its first heading must be ## {project['version']}")
+    return problems
+
+
+def issue_forms(root: Path) -> list[str]:
+    """Each form for issues is one that GitHub can show; one asks for what `lora2qlora.lab.check` prints."""
+    problems, asked = [], False
+    for path in sorted((root / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        wrong = [f"no {field}" for field in ("name", "description", "body") if not form.get(field)]
+        parts = form.get("body") or []
+        names = [part["id"] for part in parts if "id" in part]
+        wrong += [f"a part of type {part['type']!r}" for part in parts if part["type"] not in FORM_PARTS]
+        wrong += [f"two parts called {name}" for name in set(names) if names.count(name) > 1]
+        wrong += ["a part without a label" for part in parts if not part.get("attributes", {}).get("label")]
+        problems += [f"{path.relative_to(root)}: {it}" for it in wrong]
+        asked |= bool(parts) and "lora2qlora.lab.check" in str(parts[0])
+    return problems if asked else [*problems, ".github/ISSUE_TEMPLATE: no form asks for lab.check first"]
+
+
 RULES = (
     root_entries, readme_tree, package_files, data_is_packaged, floors, rooms_have_tests, chapters_have_rooms,
     safe_sources, file_sizes, function_sizes, no_clock_in_tests, failures_in_pipes_count, workflows_call_make,
+    citation, issue_forms,
 )  # fmt: skip
 
 
