@@ -59,6 +59,7 @@ QUESTIONS = {
     "lora one, though full": {"model": "Qwen3-0.6B", "card": 80, "aim": "loss", "rows": 10**9},
     "qlora one": {"model": "Qwen3-8B", "card": 16, "chip": "fp16", "deploy": "many", "keep": "yes"},
     "qlora one, to serve": {"model": "Phi-4", "card": 80, "deploy": "four", "rows": 384, "task": "style"},
+    "qlora one, on a CPU": {"model": "LLaMA-7B", "chip": "cpu", "length": 64, "deploy": "four"},
     "lora divided": {"model": "LLaMA-13B", "cards": 8, "rows": 3840},
     "lora divided, qlora no": {"model": "Llama-3.1-8B", "cards": 16, "length": 64},
     "qlora divided": {"model": "LLaMA-13B", "cards": 2, "deploy": "gguf", "task": "facts"},
@@ -141,6 +142,7 @@ def test_the_adapters_file_and_what_8_bits_save_are_the_ledgers(script):
     method = LoRA(8)
     ledger = memory.static_memory(SHAPES["Llama-3.1-8B"], method)
     assert f"takes {ledger.adapters / 1e6:.1f} MB" in said["disk"]
+    assert f"GB of {0.9 * 24 * 2**30 / 1e9:.1f} GB." in said["memory"]
     both = [training_memory(SHAPES["Llama-3.1-8B"], method, 1, 512, True, OPTIMIZERS[name]).total
             for name in ("AdamW, as torch has it", "AdamW, 8-bit states")]  # fmt: skip
     assert f"would save {(both[0] - both[1]) / 1e9:.2f} GB" in said["optimizer"]
