@@ -19,7 +19,7 @@ RIGHT  := import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 
 PAGE   := _build/html/index.html
 
 .PHONY: help setup book test test-fast test-long test-browser bench mutants fuzz drift drift-here versions-page serve-vllm \
-  conformance-page cheat-sheet slides outputs lab lint format repository data clean
+  conformance-page cheat-sheet decision-page slides outputs lab lint format repository data clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -112,6 +112,9 @@ conformance-page: setup  ## measure every kind of adapter in every way of using 
 
 cheat-sheet: setup  ## write book/cheat_sheet.md from the ledger and the records
 	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/cheat_sheet_page.py
+
+decision-page: setup  ## write book/decision.md and its figures from the rules, the records and the chapters
+	@$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/decision_page.py
 
 slides: $(VENV)/.installed  ## write the slides of the one-day track into _build/slides, one file
 	@PYTHONPATH=tests $(BIN)/python tests/slides_page.py

@@ -26,8 +26,11 @@ WillItFit.page = (function () {
 
   function isFused(shape) { return DATA.forms[shape.form].fused; }
 
+  /* A `wide` setting, which the page "What should I do?" has, holds and computes in 32 bits. */
   function methodOf(setting, shape) {
     var method = JSON.parse(JSON.stringify(DATA.methods[setting.method]));
+    if (setting.wide) { method.width = 4; }
+    if (setting.wide && method.kind === "qlora") { method.compute = 4; }
     if (method.kind === "full") { return method; }
     method.rank = setting.rank;
     method.own = setting.adapters;
@@ -131,21 +134,22 @@ WillItFit.page = (function () {
     checkpointing: function (text) { return text === "1" ? true : text === "0" ? false : undefined; }
   };
 
-  /* A setting with what an address says of it; what makes no sense there is left as it was. */
-  function readAddress(hash, setting) {
-    var changes = {};
+  /* A setting with what an address says of it; what makes no sense there is left as it was. `readers` has a
+     function for each key: of a text to a value, or to undefined. */
+  function readAddress(hash, setting, readers) {
+    var changes = {}, read = readers || READ;
     hash.replace(/^#/, "").split("&").forEach(function (pair) {
       var at = pair.indexOf("="), key = pair.slice(0, at), value;
-      if (at < 1 || !has(READ, key)) { return; }
-      try { value = READ[key](decodeURIComponent(pair.slice(at + 1))); } catch (error) { return; }
+      if (at < 1 || !has(read, key)) { return; }
+      try { value = read[key](decodeURIComponent(pair.slice(at + 1))); } catch (error) { return; }
       if (value !== undefined) { changes[key] = value; }
     });
     return changed(setting, changes);
   }
 
   /* The address of a setting, without a model that has no name. */
-  function writeAddress(setting) {
-    return "#" + Object.keys(READ).filter(function (key) {
+  function writeAddress(setting, readers) {
+    return "#" + Object.keys(readers || READ).filter(function (key) {
       return key !== "model" || setting.model !== OWN;
     }).map(function (key) {
       var value = setting[key];
@@ -364,5 +368,7 @@ WillItFit.page = (function () {
   }
 
   return { start: start, measure: measure, methodOf: methodOf, ladder: ladder, readAddress: readAddress,
-           writeAddress: writeAddress };
+           writeAddress: writeAddress, cards: CARDS, counts: COUNTS, own: OWN, cardBytes: cardBytes,
+           grouped: grouped, gigabytes: gigabytes, changed: changed, among: among, named: named, powers: powers,
+           element: element, fill: fill };
 }());
