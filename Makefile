@@ -52,6 +52,7 @@ book: $(VENV)/.installed  ## build the book into _build/html
 	@echo "==> book (notebooks are not run; their stored outputs are shown)"
 	@$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@echo "Open file://$(CURDIR)/$(PAGE)"
+	@$(BIN)/python tests/book_repository.py --remind
 
 test: setup  ## unit tests, checks of the book, and every notebook re-executed and compared
 	@echo "==> unit tests and checks of the book"
@@ -133,9 +134,9 @@ format: $(VENV)/.installed  ## let ruff format and mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-repository: $(VENV)/.installed  ## URL=https://github.com/you/yours: rewrite the repository's address everywhere
+repository:  ## URL=https://github.com/you/yours: rewrite the repository's address everywhere
 	@test -n "$(URL)" || { echo "say which: make repository URL=https://github.com/you/yours"; exit 1; }
-	@$(BIN)/python tests/book_repository.py $(URL)
+	@$(PYTHON) tests/book_repository.py $(URL)
 
 data: setup  ## SOURCES=folder: rebuild the data extracts and compare them with the committed ones
 	@test -n "$(SOURCES)" || { echo "say where the source packages lie: make data SOURCES=folder"; exit 1; }

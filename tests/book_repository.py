@@ -1,7 +1,8 @@
 """The repository's address: one source, `_config.yml`, and every place that repeats it.
 
 `python tests/book_repository.py https://github.com/owner/name` rewrites them all, and touches
-nothing else; `--check` lists what differs from `_config.yml`. It needs the standard library alone.
+nothing else; `--check` lists what differs from `_config.yml`, and `--remind` says in one line whether the
+address is still a placeholder. It needs the standard library alone.
 """
 
 import argparse
@@ -131,15 +132,27 @@ def strays(root: Path) -> list[str]:
     return problems
 
 
+def reminder(url: str) -> str:
+    """What to do where `url` has the placeholder's owner, else nothing."""
+    if url.split("/")[-2:-1] != [PLACEHOLDER_OWNER]:
+        return ""
+    return f"{url} is a placeholder, its links lead nowhere: make repository URL=https://github.com/you/yours"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when all is well, 1 with what to do when it is not."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("url", nargs="?", help="the new address, https://host/owner/name")
     parser.add_argument("--check", action="store_true", help="change nothing, list what differs")
+    parser.add_argument("--remind", action="store_true", help="say so if the address is a placeholder")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.check == bool(given.url):
-        parser.error("give either an address or --check")
+    if given.check + given.remind + bool(given.url) != 1:
+        parser.error("give either an address or --check or --remind")
+    if given.remind:
+        if line := reminder(address(given.root)):
+            print(line)
+        return 0
     if given.check:
         problems = strays(given.root)
         print("\n".join(problems) or f"every address is {address(given.root)}")

@@ -1,13 +1,22 @@
 """`make repository URL=...`: every place that repeats the address is rewritten, nothing else is."""
 
+import importlib.metadata
 import os
 import shutil
 import stat
 import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import book_repository
 import pytest
+from book_checks import colab_cell
+from book_notebook import read_chapter
+from IPython.core.inputtransformer2 import TransformerManager
 
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = ("00_quickstart", "13_qlora_on_a_gpu")
 OLD, NEW = "https://github.com/old-owner/old-name", "https://gitlab.com/new.owner/new_name"
 FILES = {
     "_config.yml": f'title: A book\nrepository:\n  branch: main\n  url: "{OLD}"  # one\nhtml: {{}}\n',
@@ -136,3 +145,73 @@ def test_the_repository_s_files_are_those_that_git_would_track(tmp_path, with_gi
         (tmp_path / name).write_text("# built\n_build/\n*.egg-info/\n")
     found = {str(path.relative_to(tmp_path)) for path in book_repository.repository_files(tmp_path)}
     assert found == {".gitignore", "page.md", ".github/guide.md"}
+
+
+# --- a copy of this book, and its reader on Colab ------------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path):
+    """The files of this repository that a reader meets first, under a new address."""
+    names = ("_config.yml", "environment.yml", "README.md", *(f"book/{name}.ipynb" for name in CHAPTERS))
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    book_repository.rewrite(tmp_path, NEW)
+    return tmp_path
+
+
+def on_colab(root, chapter, installs, monkeypatch):
+    """Run a chapter's first cell with a pip that installs `installs` and nothing else; what pip was asked."""
+    asked, there = [], ["torch"]
+
+    def pip(_, line):
+        asked.append(line)
+        there.extend(installs)
+
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    found = lambda: [SimpleNamespace(name=name, version="2") for name in dict.fromkeys(there)]  # noqa: E731
+    monkeypatch.setattr(importlib.metadata, "distributions", found)
+    source = read_chapter(root / "book" / f"{chapter}.ipynb").code[0].source
+    shell = SimpleNamespace(run_line_magic=pip)
+    exec(TransformerManager().transform_cell(source), {"get_ipython": lambda: shell})
+    return asked
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_installs_from_the_new_address(chapter, book, monkeypatch, capsys):
+    assert not colab_cell(read_chapter(book / "book" / f"{chapter}.ipynb"))
+    asked = on_colab(book, chapter, ["lora2qlora"], monkeypatch)
+    assert [line for line in asked if "git+" in line] == [
+        f'install -q "torch=={{had[\'torch\']}}" "git+{NEW}"'
+    ]
+    assert capsys.readouterr().out == "torch 2 as it was\n"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_reader_whose_address_has_no_package_is_told_what_to_do(chapter, monkeypatch):
+    told = "^lora2qlora was not installed: give this cell the address of your copy$"
+    with pytest.raises(ImportError, match=told):
+        on_colab(ROOT, chapter, [], monkeypatch)
+
+
+def test_the_readme_names_the_new_address_and_says_what_a_placeholder_is(book):
+    text = (book / "README.md").read_text(encoding="utf-8")
+    assert f"git clone {NEW} " in text
+    assert f"github/{NEW.removeprefix('https://gitlab.com/')}/blob/main/book/00_quickstart.ipynb" in text
+    assert f"`{book_repository.PLACEHOLDER_OWNER}` in it is a placeholder: `make repository URL=" in text
+    assert book_repository.strays(book) == []
+
+
+@pytest.mark.parametrize("owner", [book_repository.PLACEHOLDER_OWNER, "someone"])
+def test_a_placeholder_is_told_in_one_line_and_a_real_address_in_none(owner, repository, capsys):
+    book_repository.rewrite(repository, f"https://github.com/{owner}/a-book")
+    assert book_repository.main(["--remind", "--root", str(repository)]) == 0
+    line = capsys.readouterr().out
+    assert line.count("\n") == ("make repository URL=" in line) == (owner != "someone")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check", "--remind"], ["--remind", NEW]])
+def test_one_thing_is_asked_at_a_time(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        book_repository.main(arguments)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,15 @@ def test_an_installation_that_ends_well_is_done(setup):
     assert {".installed", ".package", ".model"} <= {path.name for path in folder.iterdir()}
     assert (folder / "pins.txt").read_text().startswith("accelerate==")
     assert "Ready" in output
+
+
+def test_the_address_is_set_without_an_environment(tmp_path):
+    for name in ("Makefile", "environment.yml", "_config.yml", "tests/book_repository.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "repository", "URL=https://github.com/me/mine", f"PYTHON={sys.executable}", "VENV=env"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "rewrote _config.yml\nthe address is https://github.com/me/mine\n"
+    assert not (tmp_path / "env").exists()
