@@ -10,7 +10,6 @@ from book_notebook import Chapter, read_chapter
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
 MOST = 3200  # words of prose; tables, code and folded boxes are not counted
-TOO_LONG = {"10_qlora"}  # of the first edition; the list may only become shorter
 WORDS_A_MINUTE, SECONDS_A_LINE = 180, 15
 TOLERANCE = 0.2  # of the minutes
 STATED = re.compile(r"[Rr]eading(?: everything)?[^.]*? (\d+) minutes")
@@ -43,7 +42,7 @@ def is_honest(chapter: Chapter) -> bool:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_prose_is_short(path):
-    assert (words(read_chapter(path)) <= MOST) == (path.stem not in TOO_LONG)
+    assert words(read_chapter(path)) <= MOST
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
