@@ -6,11 +6,10 @@ news. The second half of the file holds every check against a page that is broke
 
 import dataclasses
 import functools
+import hashlib
 import http.server
 import json
-import os
 import re
-import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from urllib.parse import quote
 import pytest
 import torch
 import yaml
+from book_print import NONE, chromium
 from lora2qlora import memory
 from lora2qlora.memory import ADAMW_FUSED, SHAPES, Full, MemoryLedger, QLoRA, shape_of, training_memory
 from playwright.sync_api import Page, sync_playwright
@@ -32,6 +32,10 @@ HTML = ROOT / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
 NARROW, WIDE = 390, 1400
+ZOOMED = 640  # a window of 1280 px at 200 %
+# axe-core 4.14.1 as its authors publish it; tests/axe/LICENSE.
+AXE = ROOT / "tests" / "axe" / "axe.min.js"
+AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 
 
 def pages_in(node: dict | list | str) -> list[str]:
@@ -122,13 +126,13 @@ def visited(browser, base: str, path: str, width: int = WIDE, scheme: str = "lig
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium: the one that CHROMIUM names, or the one on the path."""
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
-        pytest.fail("no Chromium found: install the package chromium, or set CHROMIUM=/path/to/it")
+    program = chromium()
+    if not program:
+        pytest.fail(NONE)
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         flags += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # no other host
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
         yield browser
         browser.close()
 
@@ -228,6 +232,32 @@ def low_contrast(visit: Visit, least: float = 4.5) -> list[str]:
         if contrast < least:
             worst.setdefault(selector, f"contrast {contrast:.2f} of {selector!r}: {text.strip()!r}")
     return list(worst.values())
+
+
+def inaccessible(visit: Visit) -> list[str]:
+    """What axe calls serious or critical for people who use a keyboard or a screen reader."""
+    visit.page.evaluate(AXE.read_text("utf-8"))
+    found = visit.page.evaluate(
+        """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
+            .map(v => [v.impact, v.id, v.nodes.length, v.nodes[0].html.slice(0, 90)])"""
+    )
+    return [
+        f"{impact}: {rule}, {count} times: {html}"
+        for impact, rule, count, html in found
+        if impact in {"serious", "critical"}
+    ]
+
+
+def text_cut_off(visit: Visit) -> list[str]:
+    """Prose of which a part is hidden, or lies outside the window."""
+    cut = visit.page.evaluate(
+        """() => [...document.querySelectorAll("article :is(h1, h2, h3, p, li, figcaption)")]
+            .filter(e => e.checkVisibility() && !e.closest(".pst-scrollable-table-container, .output, pre"))
+            .filter(e => getComputedStyle(e).overflow !== "visible" && e.scrollWidth > e.clientWidth + 1
+                || e.getBoundingClientRect().right > innerWidth + 1)
+            .map(e => e.textContent.trim().slice(0, 50))"""
+    )
+    return [f"cut off: {text!r}" for text in cut]
 
 
 def launch_buttons_wrong(visit: Visit, chapter: str, repository: str, branch: str) -> list[str]:
@@ -337,6 +367,20 @@ def test_page_on_a_wide_screen(browser, book, page):
         assert maths_not_set(visit, source_has_maths(page)) == []
         assert images_without_alt(visit) == []
         assert low_contrast(visit) == []
+        assert inaccessible(visit) == []
+        visit.page.set_viewport_size({"width": ZOOMED, "height": 422})
+        assert wider_than_screen(visit) == []
+        assert text_cut_off(visit) == []
+
+
+@pytest.mark.parametrize("page", ["search", "genindex"])
+def test_the_pages_of_the_theme_are_accessible(browser, book, page):
+    with visited(browser, book, f"{page}.html") as visit:
+        assert inaccessible(visit) == []
+
+
+def test_axe_is_the_published_one():
+    assert hashlib.sha256(AXE.read_bytes()).hexdigest() == AXE_SHA256
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -593,6 +637,28 @@ def test_a_broken_page_is_caught(browser, tmp_path, body, complaint):
         found = complaints(visit)
     assert len(found) == 1
     assert complaint in found[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "rule"),
+    [
+        ("<button></button>", "button-name"),
+        ('<input type="text">', "label"),
+        ('<a href="x.html"></a>', "link-name"),
+        ('<p style="color: #bbb">pale</p>', "color-contrast"),
+        ('<button aria-label="Search">Find</button>', "label-content-name-mismatch"),
+    ],
+)
+def test_what_shuts_readers_out_is_caught(browser, tmp_path, body, rule):
+    with visited_page(browser, tmp_path, body) as visit:
+        found = inaccessible(visit)
+    assert [rule] == [line.split(": ")[1].split(",")[0] for line in found]
+
+
+def test_cut_text_is_caught(browser, tmp_path):
+    body = '<p style="width: 50px; overflow: hidden; white-space: nowrap">A sentence that is cut off.</p>'
+    with visited_page(browser, tmp_path, f"<p>Good.</p>{body}") as visit:
+        assert text_cut_off(visit) == ["cut off: 'A sentence that is cut off.'"]
 
 
 def test_missing_maths_is_caught(browser, tmp_path):
