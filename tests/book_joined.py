@@ -116,7 +116,7 @@ def contents(listed: list[tuple[str, list[str]]], articles: dict[str, Tag]) -> s
         lines += [f'<p class="part">{escape(caption)}</p>'] if caption else []
         for stem in (Path(name).stem for name in names):
             lines.append(_line("page", stem, title_of(articles[stem])))
-            for heading in articles[stem].select("section[id] > h2:first-child"):
+            for heading in articles[stem].select("section[id] > h2"):
                 if common[heading.get_text()] < 3:
                     lines.append(_line("heading", heading.parent["id"], heading.get_text()))
     return f'<nav class="book-contents"><h1 id="contents">Contents</h1>{"".join(lines)}</nav>'

@@ -37,7 +37,8 @@ def address(base: str) -> str:
 
 def description(doctree: nodes.document, least: int = 50, most: int = 200) -> str:
     """The first sentence of a page; more where it has fewer than `least` letters, cut at `most`."""
-    texts = (re.sub(r"\s+", " ", p.astext()) for p in doctree.findall(nodes.paragraph))
+    plain = (re.sub(r"\\([A-Za-z]+)", r"\1", p.astext()) for p in doctree.findall(nodes.paragraph))
+    texts = (re.sub(r"\s+", " ", text) for text in plain)  # no backslash of TeX, no line ends
     found = ""
     for sentence in (s for text in texts for s in re.split(r"(?<=[.!?])\s", text)):
         if len(found) >= least:

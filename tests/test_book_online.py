@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = "https://an-account.github.io/a-book"
 PAGES = {
     "index": "A book & more\n=============\n\nShort. Then a longer one with <angles> and & in it. Last.\n",
-    "deep/page": "A page\n======\n\nOne sentence that is long enough to stand alone on the line. Two.\n",
+    "deep/page": "A page\n======\n\nOne sentence, long enough to stand alone, with :math:`\\alpha`. Two.\n",
 }
 
 
@@ -59,7 +59,7 @@ def test_a_site_with_an_address(tmp_path):
     front, page = metas(site / "index.html"), metas(site / "deep" / "page.html")
     assert front["description"] == "Short. Then a longer one with <angles> and & in it."
     assert front["og:title"] == "A book & more"
-    assert page["description"] == "One sentence that is long enough to stand alone on the line."
+    assert page["description"] == "One sentence, long enough to stand alone, with alpha."
     assert page["og:url"] == f"{BASE}/deep/page.html"
     assert page["og:image"] == f"{BASE}/_static/preview.png"
     assert f'<link rel="canonical" href="{BASE}/deep/page.html"' in (site / "deep" / "page.html").read_text()

@@ -18,7 +18,7 @@ FIRST = """<article><section id="one"><h1>1 One<a class="headerlink" href="#one"
 <details><summary>Show</summary><img src="../_images/a.png"></details><div class="tag_colab">install</div>
 <label for="x">x</label><script>1</script></section></article>"""
 SECOND = """<article><section id="two"><h1>2 Two</h1><p id="x">x</p>%s
-<section id="sub"><h2>Part</h2><p>text</p></section></section></article>"""
+<section id="sub"><span id="label"></span><h2>Part</h2><p>text</p></section></section></article>"""
 TERMS = '<article><section id="g"><h1>Glossary</h1><p id="t">t</p></section></article>'
 
 

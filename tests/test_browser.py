@@ -289,8 +289,13 @@ def search_fails(browser, base: str, term: str, patience_s: float = 120) -> list
         return script_errors(visit) + foreign_requests(visit) + failed_requests(visit)
 
 
-def cure_not_found(browser, base: str, words: str, most: int = 10, patience_s: float = 120) -> list[str]:
-    """An error's words for which none of the first results is a page of symptoms or questions."""
+CURES = r"symptoms|\d\d[a-z]_faq_\w+"
+
+
+def not_found_first(
+    browser, base: str, words: str, pages: str = CURES, most: int = 10, patience_s: float = 120
+) -> list[str]:
+    """Words for which none of the first `most` results of the search is one of the pages."""
     with visited(browser, base, f"search.html?q={quote(words)}") as visit:
         try:
             visit.page.wait_for_selector("#search-results li a", timeout=1000 * patience_s)
@@ -298,7 +303,7 @@ def cure_not_found(browser, base: str, words: str, most: int = 10, patience_s: f
             return [f"no search result for {words!r}"]
         visit.page.wait_for_timeout(1000)  # results come one after the other
         links = visit.page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
-        if not any(re.search(r"/(symptoms|\d\d[a-z]_faq_\w+)\.html", link) for link in links[:most]):
+        if not any(re.search(rf"/({pages})\.html", link) for link in links[:most]):
             return [f"the search for {words!r} leads to {links[:most]}"]
         return []
 
@@ -390,6 +395,7 @@ def test_page_on_a_narrow_screen_in_the_dark(browser, book, page):
         assert wider_than_screen(visit) == []
         assert low_contrast(visit) == []
         assert script_errors(visit) == []
+        assert inaccessible(visit) == []
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -431,7 +437,24 @@ ERRORS = (
 
 @pytest.mark.parametrize("words", ERRORS)
 def test_the_search_leads_from_an_error_to_its_cure(browser, book, words):
-    assert cure_not_found(browser, book, words) == []
+    assert not_found_first(browser, book, words) == []
+
+
+# A term's chapter is among the first three; before it stands the glossary, or another page named so.
+SUBJECTS = {
+    "rank": "01_low_rank",
+    "learning rate": "05_rank_across_tasks",
+    "NF4": "07_nf4",
+    "double quantization": "08_double_quantization",
+    "merge adapter": "15_merging",
+    "llama.cpp": "16_serving",
+    "DoRA": "18_variants",
+}
+
+
+@pytest.mark.parametrize("words", SUBJECTS)
+def test_the_search_leads_from_a_term_to_its_chapter(browser, book, words):
+    assert not_found_first(browser, book, words, SUBJECTS[words], most=3) == []
 
 
 def test_the_cheat_sheet_prints_on_one_side(browser, book):
@@ -687,9 +710,9 @@ def test_a_search_that_leads_elsewhere_is_caught(browser, tmp_path):
     with served(tmp_path) as base:
         for page, missing in (("symptoms", 0), ("20a_faq_training", 0), ("chapter", 1)):
             (tmp_path / "search.html").write_text(GOOD.format(found.format(page)), "utf-8")
-            assert len(cure_not_found(browser, base, "an error")) == missing
+            assert len(not_found_first(browser, base, "an error")) == missing
         (tmp_path / "search.html").write_text(GOOD.format(""), "utf-8")
-        assert "no search result" in cure_not_found(browser, base, "x", patience_s=0.5)[0]
+        assert "no search result" in not_found_first(browser, base, "x", patience_s=0.5)[0]
 
 
 def test_a_search_that_fails_is_caught(browser, tmp_path):
