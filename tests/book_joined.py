@@ -61,6 +61,8 @@ def article(stem: str, text: str, stems: set[str]) -> Tag:
         calculator.replace_with(BeautifulSoup(CALCULATOR, "html.parser"))
     for fold in found.select("details"):
         fold["open"] = ""
+    for section in found.select("section[id]"):
+        _to_heading(section)
     for tag in found.find_all(True):
         for name in ("id", "for", "aria-labelledby", "aria-describedby", "aria-controls"):
             if name in tag.attrs:
@@ -72,6 +74,15 @@ def article(stem: str, text: str, stems: set[str]) -> Tag:
         _number(link, stem)
     found["id"] = stem
     return found
+
+
+def _to_heading(section: Tag) -> None:
+    """Move a section's ids to its heading: a heading can stand on the page after its section's begin."""
+    heading = section.find(re.compile("^h[1-6]$"), recursive=False)
+    if heading:
+        for label in section.find_all("span", id=True, recursive=False):
+            heading.insert(0, label.extract())
+        heading["id"] = section.attrs.pop("id")
 
 
 def _moved(stem: str, address: str, stems: set[str]) -> str:
@@ -116,9 +127,9 @@ def contents(listed: list[tuple[str, list[str]]], articles: dict[str, Tag]) -> s
         lines += [f'<p class="part">{escape(caption)}</p>'] if caption else []
         for stem in (Path(name).stem for name in names):
             lines.append(_line("page", stem, title_of(articles[stem])))
-            for heading in articles[stem].select("section[id] > h2"):
+            for heading in articles[stem].select("h2[id]"):
                 if common[heading.get_text()] < 3:
-                    lines.append(_line("heading", heading.parent["id"], heading.get_text()))
+                    lines.append(_line("heading", heading["id"], heading.get_text()))
     return f'<nav class="book-contents"><h1 id="contents">Contents</h1>{"".join(lines)}</nav>'
 
 
