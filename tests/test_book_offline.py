@@ -1,5 +1,6 @@
 """The zip of the site: the same bytes each time, and all that a page asks for."""
 
+import os
 import zipfile
 
 import pytest
@@ -26,7 +27,7 @@ def test_two_runs_give_the_same_bytes(tmp_path):
     site(tmp_path)
     first = pack(tmp_path).read_bytes()
     for path in (tmp_path / "_build" / "html").rglob("*.*"):
-        path.touch()
+        os.utime(path, (1e9, 1e9))
     assert pack(tmp_path).read_bytes() == first
 
 
