@@ -2,7 +2,8 @@
 
 `python tests/book_print.py` prints `book_joined.joined` once, reads on which page each heading came
 to stand, writes these numbers into the contents and behind the links, and prints again.
-`--cheat-sheet` prints that page alone, and is content where there is no Chromium.
+`--cheat-sheet` prints that page alone, and is content where there is no Chromium, or one
+that does not start: building the book does not depend on it.
 """
 
 import argparse
@@ -129,6 +130,8 @@ def print_sheet(root: Path, program: str) -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when all is well, 1 with what to do when it is not."""
+    from playwright.sync_api import Error
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cheat-sheet", action="store_true", help="that page alone")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
@@ -136,7 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not (program := chromium()):
         print(NONE)
         return 0 if given.cheat_sheet else 1
-    (given.root / SHEET).write_bytes(print_sheet(given.root, program))
+    try:
+        (given.root / SHEET).write_bytes(print_sheet(given.root, program))
+    except Error as error:
+        print(f"{program} printed nothing: {str(error).splitlines()[0]}")
+        return 0 if given.cheat_sheet else 1
     print(f"cheat sheet: {SHEET}")
     if given.cheat_sheet:
         return 0

@@ -67,6 +67,16 @@ def test_without_chromium_a_clear_line_and_no_failure_of_the_build(monkeypatch, 
     assert capsys.readouterr().out == f"{book_print.NONE}\n" * 2
 
 
+@pytest.mark.parametrize("program", ["/bin/false", "/nowhere/chromium"])
+def test_a_chromium_that_does_not_start_is_named_and_does_not_fail_the_build(
+    monkeypatch, capsys, site, program
+):
+    monkeypatch.setenv("CHROMIUM", program)
+    assert book_print.main(["--cheat-sheet", "--root", str(site)]) == 0
+    assert book_print.main(["--root", str(site)]) == 1
+    assert capsys.readouterr().out.count(f"{program} printed nothing: ") == 2
+
+
 @pytest.mark.browser
 def test_numbers_name_the_page(site):
     pdf, cut = print_book(site, chromium())
