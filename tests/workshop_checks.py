@@ -14,7 +14,7 @@ GUESSES = {}  # by name, what was guessed before it was measured
 WORDS = ("HOLDS", "FAILS", "UNDECIDED")
 
 
-class Check(Exception):  # noqa: N818  (learners read the name: it is no error of the program)
+class Check(Exception):
     """Something to do. Jupyter shows the sentence alone."""
 
     def _render_traceback_(self):

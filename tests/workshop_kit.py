@@ -1,7 +1,7 @@
 """_build/workshop: everything a teacher hands out, as a folder and as one zip; `make workshop` writes both.
 
-`book/` holds the learners' notebooks, `book/solutions/` the book's own; beside them stands what `make setup` needs.
-Two runs give the same bytes: files in order, the time of each 1980, ids of cells made from the book's.
+`book/` holds the learners' notebooks, `book/solutions/` the book's own; beside them stands what `make setup`
+needs. Two runs give the same bytes: files in order, the time of each 1980, ids of cells made from the book's.
 """
 
 import argparse
@@ -20,24 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "lora2qlora-workshop"
 COPIED = ("LICENSE", "environment.yml", "pyproject.toml", "companion/lora2qlora/")
 TARGETS = ("help", "setup", "lab", "$(VENV)/.installed", "$(VENV)/.package", "$(VENV)/.model")
-README = """\
-# From LoRA to QLoRA: the workshop kit
-
-1. While there is a network: `make setup` (Python 3.11 to 3.13, about 3 GB of disk). Afterwards nothing needs one.
-2. Check this machine: `.venv/bin/python -m lora2qlora.lab.check`
-3. `make lab` opens the notebooks.
-
-`book/` holds a notebook for each chapter, without outputs. Cells that are yours hold `...`; the cell below says
-whether it is filled in, and whether it is right. Run a notebook from the top; it stops at the first such cell.
-A guess may be anything: the claim's own figure is used below it. The prose after a verdict tells the result, so
-do not read ahead. Answers are kept as hashes, which stop a glance and no more: `book/solutions/` holds the
-chapters with their solutions and their outputs.
-
-On Colab: File, Upload notebook; the first cell installs the rest. The book, the timetables of three tracks and
-the advice for teachers: {address} (the page "Workshops").
-
-You may use and change all of it, also commercially, if you name the source; LICENSE has the terms.
-"""
+README = (ROOT / "tests" / "workshop_readme.txt").read_text(encoding="utf-8")
 
 
 def makefile(text: str) -> str:

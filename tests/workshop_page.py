@@ -1,4 +1,4 @@
-"""book/workshop.md: three tracks, whose timetables come from the chapters; `make workshop-page` writes the page.
+"""book/workshop.md: three tracks, whose timetables come from the chapters; `make workshop-page` writes it.
 
 test_workshop_page.py holds the page to what would be written, and each track to its hours.
 """
@@ -38,7 +38,10 @@ NINETY = [
 ]
 DAY = [
     Talk(10, "Setup check on every machine; pairs where one fails"),
-    Work("00", ("A task", "The base model fails", "The adapter", "A minute of training", "The model has learned")),
+    Work(
+        "00",
+        ("A task", "The base model fails", "The adapter", "A minute of training", "The model has learned"),
+    ),
     Work("00", ("What it costs in bytes",), runs=False),
     Exercise("00", "quickstart-rank", "how many parameters"),
     Talk(10, "Break"),

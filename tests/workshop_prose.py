@@ -12,8 +12,8 @@ EXERCISE_START, EXERCISE_END, SOLUTION_START, SOLUTION_END = (
 
 def plain_markdown(markdown: str) -> str:
     """Directives as bold titles, roles as their words, no solution's words."""
-    text = SOLUTION_START.split(f"{markdown}\n")[0]
-    text = EXERCISE_END.sub("", SOLUTION_END.sub("", text))
+    text = SOLUTION_START.split(SOLUTION_END.split(f"{markdown}\n")[-1])[0]
+    text = EXERCISE_END.sub("", text)
     text = EXERCISE_START.sub(lambda m: f"**Exercise** `{m[0].split(':label:')[1].split()[0]}`\n\n", text)
     text = re.sub(r"(?m)^[`:]{3,}\{(?!code|math|raw)([\w-]+)\} *(.*)\n(?::[\w-]+:.*\n)*", _title, text)
     text = re.sub(r"(?m)^:{3,} *\n?", "", text)

@@ -1,4 +1,4 @@
-"""The minutes of a workshop: from the chapters, a record of runs, and a few rules; workshop_page.py has the tracks.
+"""The minutes of a workshop, from the chapters, a record of runs, and a few rules.
 
 A minute comes from the words and the code of a section (book_sizes.py), from the CPU-seconds of a run
 (workshop_seconds.json, which `python tests/workshop_run.py --record` measures), or from a rule below.
@@ -113,7 +113,9 @@ class Picture:
 
     def row(self) -> tuple[int, str]:
         """Minutes, and what is done. Raises KeyError unless one figure is meant."""
-        cells = [c.metadata.get("mystnb", {}).get("image", {}).get("alt", "") for c in chapter(self.number).code]
+        cells = [
+            c.metadata.get("mystnb", {}).get("image", {}).get("alt", "") for c in chapter(self.number).code
+        ]
         if sum(alt.startswith(self.alt) for alt in cells) != 1:
             raise KeyError(f"chapter {self.number} has not one figure that begins {self.alt!r}")
         return PICTURE, f"Shown: {self.text} ({link(self.number)})"
