@@ -72,7 +72,7 @@ SECOND_DAY = [
     *(Claims(number) for number in ("18", "19")),
     Talk(30, "One question of part V for each pair, answered in two minutes by a run"),
 ]
-MOST = {"NINETY": 90, "DAY": 8 * 60, "SECOND_DAY": 8 * 60}
+MOST = {"NINETY": 90, "DAY": 7 * 60, "SECOND_DAY": 7 * 60}
 
 
 def page() -> str:
