@@ -33,7 +33,7 @@ NINETY = [
     Work("00", ("What it costs in bytes",), runs=False),
     Picture("06", "Three heat maps of the same", "four bits with one scale, and with one for each block"),
     Exercise("00", "quickstart-forgetting", "is it still a language model?"),
-    Own(8, "Your own adapter: set another task or rank in [00](00_quickstart.ipynb), guess, run again"),
+    Own(8, "Your own adapter: another rank in [00](00_quickstart.ipynb); guess, and run again"),
     Talk(6, "Discussion, and where to read on"),
 ]
 DAY = [

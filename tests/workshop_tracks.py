@@ -137,7 +137,7 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Own:
-    """Chapter 00 once more, with another task."""
+    """Chapter 00 once more, with another setting."""
 
     length: int
     text: str
