@@ -39,13 +39,13 @@ def test_the_day_has_the_chapters_that_it_names():
     assert worked | second | {"20a", "20b", "20c"} == set(workshop_tracks.numbers())
 
 
-def test_the_runs_of_the_short_tracks_were_measured():
-    """What was not measured is set to the longest wait, and the page says so."""
-    found = workshop_tracks.measured()
-    used = {
-        i.number for track in ("NINETY", "DAY") for i in TRACKS[track] if isinstance(i, workshop_tracks.Work)
-    }
-    assert {workshop_tracks.chapter(number).path.stem for number in used} <= set(found)
+def test_a_chapter_that_was_not_measured_is_named_and_waits_longest(monkeypatch, tmp_path):
+    changed = tmp_path / "seconds.json"
+    changed.write_text(json.dumps({"03_lora": 40, "04_adapters": 61}))
+    monkeypatch.setattr(workshop_tracks, "SECONDS", changed)
+    assert [workshop_tracks.waiting(number) for number in ("03", "04", "19")] == [1, 2, 2]
+    others = [number for number in workshop_tracks.numbers() if number not in {"03", "04"}]
+    assert f"set to the longest wait: {', '.join(others)}." in workshop_page.page()
 
 
 def test_a_longer_run_and_longer_prose_are_noticed(monkeypatch, tmp_path):
