@@ -100,6 +100,12 @@ def test_nearly_all_exercises_have_a_value_to_check():
     assert len(checkless) <= CHECKLESS, checkless
 
 
+def test_no_exercise_asks_for_a_plot():
+    """One that did would need a small picture of what should come out beside it."""
+    solutions = [cell for path in PATHS for cell in made(path)[0].code if "solution" in cell.tags]
+    assert [cell.where for cell in solutions if cell.figures] == []
+
+
 @each
 def test_nothing_is_run_and_the_format_is_right(path):
     learner = made(path)[1]
