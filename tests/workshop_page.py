@@ -53,7 +53,7 @@ DAY = [
     Work("07", ("The edges of equal slices", "Trained weights")),
     Talk(10, "Break"),
     Work("10", ("The layer", "One layer, drawn")),
-    Work("11", ("What is there between two steps", "What LoRA saves, and what it costs", "How much less?")),
+    Work("11", ("What is there between two steps", "Does LoRA save activations?", "How much less?")),
     Exercise("11", "memory-ex-rank", "what a higher rank costs"),
     Talk(10, "Break"),
     Work("13", ("Settings", "Will it fit?", "Your rows", "Train", "Save, and load again")),
