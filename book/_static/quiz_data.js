@@ -655,7 +655,7 @@ var QUIZ = [
      {
       "text": "It rises: PiSSA wants a lower learning rate.",
       "right": true,
-      "why": "`PiSSA's best rate is 1.0 ± 0.0 steps of the grid below LoRA's`, so LoRA's rate is too high for it."
+      "why": "`PiSSA's best rate is one step of the grid (a factor of 3.2) below LoRA's`, so LoRA's rate is too high for it."
      },
      {
       "text": "It rises: PiSSA is the worse method.",
