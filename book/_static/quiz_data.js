@@ -144,7 +144,7 @@ var QUIZ = [
      {
       "text": "Nothing beyond what another seed does.",
       "right": true,
-      "why": "The verdict is `UNDECIDED, with nine pairs`; an effect of more than seven per cent is ruled out. What rises is the time of a step: `rank 64 takes at least a tenth longer than rank 1: HOLDS`."
+      "why": "The verdict is `UNDECIDED, with nine pairs`; on the mean of the three tasks, more than seven per cent is ruled out. What rises is the time of a step: `rank 64 takes at least a tenth longer than rank 1: HOLDS`."
      },
      {
       "text": "It falls: more rank captures more complex patterns.",
