@@ -19,7 +19,7 @@ RIGHT  := import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 
 PAGE   := _build/html/index.html
 
 .PHONY: help setup book test test-fast test-long test-browser bench mutants fuzz drift drift-here versions-page serve-vllm \
-  conformance-page cheat-sheet decision-page slides outputs lab lint format repository data clean
+  conformance-page cheat-sheet decision-page workshop workshop-page slides pdf offline outputs lab lint format repository data clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -51,8 +51,16 @@ setup: $(VENV)/.package $(VENV)/.model  ## the environment, the package and the 
 book: $(VENV)/.installed  ## build the book into _build/html
 	@echo "==> book (notebooks are not run; their stored outputs are shown)"
 	@$(BIN)/jupyter-book build . --all -W -n --keep-going
+	@$(BIN)/python tests/book_print.py --cheat-sheet
+	@echo "To print it or to take it along: make pdf, make offline"
 	@echo "Open file://$(CURDIR)/$(PAGE)"
 	@$(BIN)/python tests/book_repository.py --remind
+
+pdf: book  ## the whole book as one PDF, by headless Chromium (CHROMIUM=path if it is not on PATH)
+	@$(BIN)/python tests/book_print.py
+
+offline: book  ## the built site as a zip, to read without a network
+	@$(BIN)/python tests/book_offline.py
 
 test: setup  ## unit tests, checks of the book, and every notebook re-executed and compared
 	@echo "==> unit tests and checks of the book"
@@ -119,6 +127,12 @@ decision-page: setup  ## write book/decision.md and its figures from the rules, 
 
 slides: $(VENV)/.installed  ## write the slides of the one-day track into _build/slides, one file
 	@PYTHONPATH=tests $(BIN)/python tests/slides_page.py
+
+workshop: setup  ## learners' notebooks, solutions and all they need, as a folder and a zip in _build/workshop
+	@$(OFFLINE) $(BIN)/python tests/workshop_kit.py
+
+workshop-page: setup  ## write the timetables of book/workshop.md from the chapters and tests/workshop_seconds.json
+	@$(OFFLINE) PYTHONPATH=tests $(BIN)/python tests/workshop_page.py
 
 outputs: setup  ## re-execute every notebook and store its outputs
 	@$(OFFLINE) $(BIN)/python tests/book_outputs.py

@@ -48,7 +48,7 @@ def _walk(root: Path) -> list[Path]:
 
 def text_files(root: Path) -> list[Path]:
     """The repository's own text files: no link, nothing binary, nothing vendored."""
-    own = [p for p in repository_files(root) if not p.is_symlink() and "mathjax" not in p.parts]
+    own = [p for p in repository_files(root) if not p.is_symlink() and not {"mathjax", "axe"} & {*p.parts}]
     return [path for path in own if b"\0" not in path.read_bytes()]
 
 

@@ -39,7 +39,7 @@ def every_rule() -> list[dict]:
 
 @cache
 def sections(page: str) -> dict[str, str]:
-    """The titles of a page's sections by their anchors: a label, or what Sphinx makes of the title."""
+    """The titles of a page's sections by their anchors: a label, and what Sphinx makes of the title."""
     path = ROOT / "book" / f"{page}.ipynb"
     if path.exists():
         text = "\n\n".join(cell.source for cell in read_chapter(path).prose)
@@ -47,7 +47,7 @@ def sections(page: str) -> dict[str, str]:
         text = (ROOT / "book" / f"{page}.md").read_text(encoding="utf-8")
     text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     found = re.findall(r"(?:^\(([\w-]+)\)=\n+)?^#+ (.+)$", text, re.M)
-    return {label or make_id(title.replace("`", "")): title for label, title in found}
+    return {anchor: title for label, title in found for anchor in {label or make_id(title), make_id(title)}}
 
 
 def link_text(see: str) -> str:

@@ -58,17 +58,17 @@ def files_of(room: str, package: Path = PACKAGE) -> list[Path]:
 
 
 def mutants_of(path: Path, package: Path = PACKAGE) -> list[Mutant]:
-    """All mutants of a file that are valid Python, differ from it and from each other."""
+    """All mutants of a file that are valid Python and mean something else than it and each other."""
     from mutants_places import places
 
     source = path.read_text(encoding="utf-8")
-    found = {}
+    found = {ast.dump(ast.parse(source)): None}  # 3.4e38 and 3.4e+38 are the same
     for code, function, lines in places(source):
         with contextlib.suppress(SyntaxError):
-            ast.parse(code)
+            meaning = ast.dump(ast.parse(code))
             old, new = changed_lines(source, code)
-            found.setdefault(code, Mutant(str(path.relative_to(package)), function, old, new, lines, code))
-    return [m for m in found.values() if m.old or m.new]
+            found.setdefault(meaning, Mutant(str(path.relative_to(package)), function, old, new, lines, code))
+    return list(filter(None, found.values()))
 
 
 def changed_lines(source: str, code: str) -> tuple[str, str]:

@@ -1,39 +1,16 @@
 """A chapter's size: prose of at most 3,200 words, and an honest number of minutes to read it."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 from book_notebook import Chapter, read_chapter
+from book_sizes import minutes, stated, words
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
 MOST = 3200  # words of prose; tables, code and folded boxes are not counted
-WORDS_A_MINUTE, SECONDS_A_LINE = 180, 15
 TOLERANCE = 0.2  # of the minutes
-STATED = re.compile(r"[Rr]eading(?: everything)?[^.]*? (\d+) minutes")
-
-
-def words(chapter: Chapter) -> int:
-    """Words of the prose, without tables, fenced code and boxes."""
-    text = "\n\n".join(cell.source for cell in chapter.prose)
-    text = re.sub(r"(?s)(`{3,}|:{3,}).*?\1", "", text)
-    text = re.sub(r"(?m)^\|.*$", "", text)
-    return sum(bool(re.search(r"[A-Za-z]", word)) for word in text.split())
-
-
-def minutes(chapter: Chapter) -> float:
-    """Time to read the prose and the code in sight, solutions left out."""
-    shown = [cell for cell in chapter.code if not cell.hidden and "solution" not in cell.tags]
-    lines = sum(len(cell.source.strip().splitlines()) for cell in shown)
-    return words(chapter) / WORDS_A_MINUTE + lines * SECONDS_A_LINE / 60
-
-
-def stated(chapter: Chapter) -> int:
-    """The minutes that the page says, or 0."""
-    found = STATED.search("\n".join(cell.source for cell in chapter.prose))
-    return int(found.group(1)) if found else 0
 
 
 def is_honest(chapter: Chapter) -> bool:

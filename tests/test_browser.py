@@ -6,11 +6,10 @@ news. The second half of the file holds every check against a page that is broke
 
 import dataclasses
 import functools
+import hashlib
 import http.server
 import json
-import os
 import re
-import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from urllib.parse import quote
 import pytest
 import torch
 import yaml
+from book_print import NONE, chromium
 from lora2qlora import memory
 from lora2qlora.memory import ADAMW_FUSED, SHAPES, Full, MemoryLedger, QLoRA, shape_of, training_memory
 from playwright.sync_api import Page, sync_playwright
@@ -32,6 +32,10 @@ HTML = ROOT / "_build" / "html"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
 NARROW, WIDE = 390, 1400
+ZOOMED = 640  # a window of 1280 px at 200 %
+# axe-core 4.14.1 as its authors publish it; tests/axe/LICENSE.
+AXE = ROOT / "tests" / "axe" / "axe.min.js"
+AXE_SHA256 = "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
 
 
 def pages_in(node: dict | list | str) -> list[str]:
@@ -122,13 +126,13 @@ def visited(browser, base: str, path: str, width: int = WIDE, scheme: str = "lig
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium: the one that CHROMIUM names, or the one on the path."""
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
-        pytest.fail("no Chromium found: install the package chromium, or set CHROMIUM=/path/to/it")
+    program = chromium()
+    if not program:
+        pytest.fail(NONE)
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         flags += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # no other host
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
         yield browser
         browser.close()
 
@@ -230,6 +234,32 @@ def low_contrast(visit: Visit, least: float = 4.5) -> list[str]:
     return list(worst.values())
 
 
+def inaccessible(visit: Visit) -> list[str]:
+    """What axe calls serious or critical for people who use a keyboard or a screen reader."""
+    visit.page.evaluate(AXE.read_text("utf-8"))
+    found = visit.page.evaluate(
+        """async () => (await axe.run(document, {resultTypes: ["violations"]})).violations
+            .map(v => [v.impact, v.id, v.nodes.length, v.nodes[0].html.slice(0, 90)])"""
+    )
+    return [
+        f"{impact}: {rule}, {count} times: {html}"
+        for impact, rule, count, html in found
+        if impact in {"serious", "critical"}
+    ]
+
+
+def text_cut_off(visit: Visit) -> list[str]:
+    """Prose of which a part is hidden, or lies outside the window."""
+    cut = visit.page.evaluate(
+        """() => [...document.querySelectorAll("article :is(h1, h2, h3, p, li, figcaption)")]
+            .filter(e => e.checkVisibility() && !e.closest(".pst-scrollable-table-container, .output, pre"))
+            .filter(e => getComputedStyle(e).overflow !== "visible" && e.scrollWidth > e.clientWidth + 1
+                || e.getBoundingClientRect().right > innerWidth + 1)
+            .map(e => e.textContent.trim().slice(0, 50))"""
+    )
+    return [f"cut off: {text!r}" for text in cut]
+
+
 def launch_buttons_wrong(visit: Visit, chapter: str, repository: str, branch: str) -> list[str]:
     """Colab, Binder and download buttons that are missing or lead elsewhere."""
     name = repository.removeprefix("https://github.com/")
@@ -259,8 +289,13 @@ def search_fails(browser, base: str, term: str, patience_s: float = 120) -> list
         return script_errors(visit) + foreign_requests(visit) + failed_requests(visit)
 
 
-def cure_not_found(browser, base: str, words: str, most: int = 10, patience_s: float = 120) -> list[str]:
-    """An error's words for which none of the first results is a page of symptoms or questions."""
+CURES = r"symptoms|\d\d[a-z]_faq_\w+"
+
+
+def not_found_first(
+    browser, base: str, words: str, pages: str = CURES, most: int = 10, patience_s: float = 120
+) -> list[str]:
+    """Words for which none of the first `most` results of the search is one of the pages."""
     with visited(browser, base, f"search.html?q={quote(words)}") as visit:
         try:
             visit.page.wait_for_selector("#search-results li a", timeout=1000 * patience_s)
@@ -268,7 +303,7 @@ def cure_not_found(browser, base: str, words: str, most: int = 10, patience_s: f
             return [f"no search result for {words!r}"]
         visit.page.wait_for_timeout(1000)  # results come one after the other
         links = visit.page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
-        if not any(re.search(r"/(symptoms|\d\d[a-z]_faq_\w+)\.html", link) for link in links[:most]):
+        if not any(re.search(rf"/({pages})\.html", link) for link in links[:most]):
             return [f"the search for {words!r} leads to {links[:most]}"]
         return []
 
@@ -337,6 +372,20 @@ def test_page_on_a_wide_screen(browser, book, page):
         assert maths_not_set(visit, source_has_maths(page)) == []
         assert images_without_alt(visit) == []
         assert low_contrast(visit) == []
+        assert inaccessible(visit) == []
+        visit.page.set_viewport_size({"width": ZOOMED, "height": 422})
+        assert wider_than_screen(visit) == []
+        assert text_cut_off(visit) == []
+
+
+@pytest.mark.parametrize("page", ["search", "genindex"])
+def test_the_pages_of_the_theme_are_accessible(browser, book, page):
+    with visited(browser, book, f"{page}.html") as visit:
+        assert inaccessible(visit) == []
+
+
+def test_axe_is_the_published_one():
+    assert hashlib.sha256(AXE.read_bytes()).hexdigest() == AXE_SHA256
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -346,6 +395,7 @@ def test_page_on_a_narrow_screen_in_the_dark(browser, book, page):
         assert wider_than_screen(visit) == []
         assert low_contrast(visit) == []
         assert script_errors(visit) == []
+        assert inaccessible(visit) == []
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -387,7 +437,24 @@ ERRORS = (
 
 @pytest.mark.parametrize("words", ERRORS)
 def test_the_search_leads_from_an_error_to_its_cure(browser, book, words):
-    assert cure_not_found(browser, book, words) == []
+    assert not_found_first(browser, book, words) == []
+
+
+# A term's chapter is among the first three; before it stands the glossary, or another page named so.
+SUBJECTS = {
+    "rank": "01_low_rank",
+    "learning rate": "05_rank_across_tasks",
+    "NF4": "07_nf4",
+    "double quantization": "08_double_quantization",
+    "merge adapter": "15_merging",
+    "llama.cpp": "16_serving",
+    "DoRA": "18_variants",
+}
+
+
+@pytest.mark.parametrize("words", SUBJECTS)
+def test_the_search_leads_from_a_term_to_its_chapter(browser, book, words):
+    assert not_found_first(browser, book, words, SUBJECTS[words], most=3) == []
 
 
 def test_the_cheat_sheet_prints_on_one_side(browser, book):
@@ -684,6 +751,28 @@ def test_a_broken_page_is_caught(browser, tmp_path, body, complaint):
     assert complaint in found[0]
 
 
+@pytest.mark.parametrize(
+    ("body", "rule"),
+    [
+        ("<button></button>", "button-name"),
+        ('<input type="text">', "label"),
+        ('<a href="x.html"></a>', "link-name"),
+        ('<p style="color: #bbb">pale</p>', "color-contrast"),
+        ('<button aria-label="Search">Find</button>', "label-content-name-mismatch"),
+    ],
+)
+def test_what_shuts_readers_out_is_caught(browser, tmp_path, body, rule):
+    with visited_page(browser, tmp_path, body) as visit:
+        found = inaccessible(visit)
+    assert [rule] == [line.split(": ")[1].split(",")[0] for line in found]
+
+
+def test_cut_text_is_caught(browser, tmp_path):
+    body = '<p style="width: 50px; overflow: hidden; white-space: nowrap">A sentence that is cut off.</p>'
+    with visited_page(browser, tmp_path, f"<p>Good.</p>{body}") as visit:
+        assert text_cut_off(visit) == ["cut off: 'A sentence that is cut off.'"]
+
+
 def test_missing_maths_is_caught(browser, tmp_path):
     with visited_page(browser, tmp_path, "<p>$x^2$</p>") as visit:
         assert maths_not_set(visit, expected=True) == ["the source has maths, the page has none"]
@@ -710,9 +799,9 @@ def test_a_search_that_leads_elsewhere_is_caught(browser, tmp_path):
     with served(tmp_path) as base:
         for page, missing in (("symptoms", 0), ("20a_faq_training", 0), ("chapter", 1)):
             (tmp_path / "search.html").write_text(GOOD.format(found.format(page)), "utf-8")
-            assert len(cure_not_found(browser, base, "an error")) == missing
+            assert len(not_found_first(browser, base, "an error")) == missing
         (tmp_path / "search.html").write_text(GOOD.format(""), "utf-8")
-        assert "no search result" in cure_not_found(browser, base, "x", patience_s=0.5)[0]
+        assert "no search result" in not_found_first(browser, base, "x", patience_s=0.5)[0]
 
 
 def test_a_search_that_fails_is_caught(browser, tmp_path):

@@ -23,7 +23,7 @@ __all__ = ["area"]
 def area(width: "Float[Tensor, 'a b']", height: int = 1) -> float:
     """So is this: 1 + 1."""
     check(width)
-    if width < 0:
+    if width < 0 or width > 3.4e38:
         raise ValueError(f"words about {width + 1}")
     return width * height
 
@@ -32,6 +32,9 @@ def check(width):
     if not isinstance(width, int):
         raise TypeError("an int")
 '''
+
+
+CHECK = "if width < 0 or width > 3.4e38:"
 
 
 def test_each_room_is_looked_at():
@@ -99,8 +102,10 @@ def test_what_is_planted(tmp_path):
         ("area", head.format(1), head.format(2)),
         ("area", "check(width)", "pass"),
         ("area", "check(width)", "check(None)"),
-        ("area", "if width < 0:", "if width <= 0:"),
-        ("area", "if width < 0:", "if width < 1:"),
+        ("area", CHECK, "if width <= 0 or width > 3.4e38:"),
+        ("area", CHECK, "if width < 1 or width > 3.4e38:"),
+        ("area", CHECK, "if width < 0 or width >= 3.4e38:"),
+        ("area", CHECK, "if width < 0 and width > 3.4e38:"),
         ("area", 'raise ValueError(f"words about {width + 1}")', "pass"),
         ("area", "return width * height", "return width / height"),
         ("check", "if not isinstance(width, int):", "if isinstance(width, int):"),

@@ -886,3 +886,17 @@ def test_a_gpu_can_record_it_in_a_graph():
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def test_interpolation_is_numpys():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(9, generator=generator, dtype=torch.float64).cumsum(0)
+    y = torch.randn(9, generator=generator, dtype=torch.float64)
+    at = x[0] + (x[-1] - x[0]) * torch.rand(200, generator=generator, dtype=torch.float64)
+    expected = torch.from_numpy(np.interp(at.numpy(), x.numpy(), y.numpy()))
+    torch.testing.assert_close(nf4.codebook._interpolate(at, x, y), expected, rtol=0, atol=1e-12)
+
+
+def test_what_a_compiler_records_refuses_a_block_size_as_the_function_does():
+    with pytest.raises(ValueError, match=r"^block_size must be an int of at least 1, got 0"):
+        torch.ops.lora2qlora.quantize_nf4(torch.empty(4, device="meta"), 0)

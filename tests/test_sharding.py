@@ -154,6 +154,8 @@ def test_what_cannot_be_sharded(as_rank):
         shard(sharded)
     with pytest.raises(ValueError, match=r"q_proj.base is sharded: take the whole state"):
         make_plain(sharded)
+    counted = nn.parallel.DistributedDataParallel(odd_model())
+    refused(counted, ValueError, "is wrapped in DistributedDataParallel already: build the model anew")
     mixed = odd_model()
     next(p for p in mixed.parameters() if p.requires_grad).data = torch.zeros(3, 42, dtype=torch.bfloat16)
     refused(mixed, ValueError, r"dtypes \['torch.bfloat16', 'torch.float32'\].*reduced together")

@@ -345,8 +345,8 @@ var QUIZ = [
     "id": "dequantize",
     "ask": "When is a four-bit weight of QLoRA turned back into 16 bits?",
     "chapter": "10_qlora",
-    "section": "How often is it dequantized?",
-    "anchor": "how-often-is-it-dequantized",
+    "section": "How many dense weights at a time?",
+    "anchor": "how-many-dense-weights-at-a-time",
     "options": [
      {
       "text": "Never. The product is computed in four bits, so casts are avoided.",
@@ -360,12 +360,12 @@ var QUIZ = [
      {
       "text": "In every step, forward and again backward, one layer at a time.",
       "right": true,
-      "why": "`210 forward, 207 backward, in every step again`. The dense weight is dropped as soon as its product is done."
+      "why": "In one step of the whole model `210 times forward and 207 times backward`. The dense weight is dropped as soon as its product is done."
      },
      {
       "text": "In every step for the whole model, so in the end it takes the memory of LoRA.",
       "right": false,
-      "why": "One layer is there at a time. Over the first six blocks the dense weights alive come to `at most 83 MB against 3.5 MB`: the naive way, and the layer that saves only packed bytes.",
+      "why": "One layer is there at a time. Over the first six blocks the dense weights alive come to `at most 83 MB with the naive layer, 3.5 MB with NF4Linear`, which saves only packed bytes.",
       "said": {
        "name": "qlora #168",
        "url": "https://github.com/artidoro/qlora/issues/168"
@@ -420,7 +420,7 @@ var QUIZ = [
      {
       "text": "About 75 per cent, and LoRA about 50.",
       "right": false,
-      "why": "Of 16 settings there is none in which both are true: `both fit in 0 of 16 settings`. From 16 bits to 4.127 is 74.2% less, of the linear layers' weights alone.",
+      "why": "Of 16 settings there is none in which both are true: `both figures fit in 0 of 16 settings`. `from 16 bits to 4.127: 74% less` is true of the linear layers' weights alone.",
       "said": {
        "name": "the answer that this book began with",
        "url": "index.html"
