@@ -60,6 +60,7 @@ REMOTE = re.compile(
     r"<(?:script|img|link|iframe|source|video)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^\s\"'>]+"
     r"|!\[[^\]]*\]\(https?://[^)]+|\{(?:image|figure|iframe)\} +https?://\S+"
 )
+FORMULA = re.compile(r"\$[^$\n]*[\\^_{][^$\n]*\$")
 NETWORK_MODULES = {"requests", "urllib", "urllib3", "httpx", "aiohttp", "http", "socket", "ftplib"}
 NETWORK_CALLS = {"load_dataset", "hf_hub_download", "snapshot_download", "urlopen", "urlretrieve"}
 SHELLS = {"pip", "conda", "mamba", "uv", "sx", "system", "bash", "sh", "script"}
@@ -260,6 +261,18 @@ def no_remote_media(chapter: Chapter) -> list[str]:
         for cell in chapter.cells
         for text in (*([cell.source] if cell.kind == "markdown" else []), *cell.output_texts)
         for found in REMOTE.finditer(text)
+    ]
+
+
+def no_formula_in_output(chapter: Chapter) -> list[str]:
+    """No formula in what a cell shows as Markdown: the built page leaves its dollars as they are."""
+    return [
+        f"{cell.where}: the page would show {found.group()!r} as it is typed"
+        for cell in chapter.code
+        for output in cell.outputs
+        for text in [join(output.get("data", {}).get("text/markdown", ""))]
+        if not text.startswith("```")
+        for found in FORMULA.finditer(text)
     ]
 
 
@@ -583,7 +596,7 @@ def own_names(chapter: Chapter) -> list[str]:
 NOTEBOOK_RULES = (
     valid_format, clean_metadata, known_tags, parses, executed, no_errors, no_stderr,
     no_absolute_paths, no_object_addresses, no_trailing_semicolon, few_ignored_outputs,
-    no_network, no_widgets, no_remote_media, safe_loading,
+    no_network, no_widgets, no_remote_media, no_formula_in_output, safe_loading,
     colab_cell, opening, numbered_title, sections, duration, claims, build_meet_trust, naive_functions,
     verdicts, predictions, nothing_hidden, cell_lengths, prose_before_code,
     figures, figure_alt_text, image_alt_text, exercises, solutions, own_names,

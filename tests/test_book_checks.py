@@ -419,6 +419,7 @@ CHAPTER_DEFECTS = [
     ("no_remote_media", "a picture", tells(f"![{ALT}](https://example.org/x.png)")),
     ("no_remote_media", "a script", shows(**data("text/html", '<script src="//cdn.org/x.js">'))),
     ("no_remote_media", "a frame", tells("<iframe width='1' src='https://example.org'></iframe>")),
+    ("no_formula_in_output", "a power", shows(**data("text/markdown", "| size |\n| --- |\n| $r^{0.5}$ |"))),
     ("safe_loading", "pickle", runs("import pickle")),
     ("safe_loading", "torch.load", runs("torch.load(path)")),
     ("safe_loading", "remote code", runs("model(path, trust_remote_code=True)")),

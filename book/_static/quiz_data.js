@@ -30,7 +30,7 @@ var QUIZ = [
      {
       "text": "High rank, so an adapter of rank 8 must lose what lies beyond it: the rank bounds the information.",
       "right": false,
-      "why": "The update does have a long tail, but cut to rank 8 it `keeps 97% of the gain`. Even 64 facts without anything in common could be picked out: `rank 8 recalls 64 of 64`.",
+      "why": "The update does have a long tail, but cut to rank 8 it `keeps 97% of the gain`. Even 64 facts without anything in common could be picked out: `rank 8 recalls 64, 64, 64 of 64 from the three starts`.",
       "said": {
        "name": "self-adaptive-llms #3",
        "url": "https://github.com/SakanaAI/self-adaptive-llms/issues/3"
@@ -48,7 +48,7 @@ var QUIZ = [
      {
       "text": "It does not matter which of the two is zero, as long as one is.",
       "right": false,
-      "why": "Both starts leave the model as it was, but they do not train alike. On the small problem with Adam, each at its best rate, `the other start ends 2.4 times as high`.",
+      "why": "Both starts leave the model as it was, but they do not train alike. On the small problem with Adam, each at its best rate, `the other start ends higher, × 2.4`.",
       "said": {
        "name": "LoRA #98",
        "url": "https://github.com/microsoft/LoRA/issues/98"
@@ -57,7 +57,7 @@ var QUIZ = [
      {
       "text": "Zeros in B throw away what the pretrained weights know, so that training writes it anew.",
       "right": false,
-      "why": "The pretrained weight stays whole beside the adapter; a B of zero only silences the adapter. What disturbs a model is a start with both at random: `perplexity × 2.5 before training`.",
+      "why": "The pretrained weight stays whole beside the adapter; a B of zero only silences the adapter. What disturbs a model is a start with both at random: `perplexity × 2.5` before training.",
       "said": {
        "name": "LoRA #114",
        "url": "https://github.com/microsoft/LoRA/issues/114"
@@ -66,7 +66,7 @@ var QUIZ = [
      {
       "text": "So that the model starts as it was, and B has a gradient in the first step.",
       "right": true,
-      "why": "With B at zero the product BA is zero, and the gradient of B comes through A, which is not. The mirror image starts there too, but `the other start ends 2.4 times as high`."
+      "why": "With B at zero the product BA is zero, and the gradient of B comes through A, which is not. The mirror image starts there too, but `the other start ends higher, × 2.4`."
      }
     ]
    },
@@ -89,12 +89,12 @@ var QUIZ = [
      {
       "text": "Another run: the two do not cancel.",
       "right": true,
-      "why": "With Adam, c times the α acts as √c times the learning rate and a start of A that is √c times as large. Here the losses differ by `× 212 at a quarter of η; at half × 8.8`."
+      "why": "With Adam, c times the α acts as √c times the learning rate and a start of A that is √c times as large. Here the losses differ by `× 212` at a quarter of η and by `× 8.8` at half of it."
      },
      {
       "text": "A safe run in any case, as long as α is at least twice the rank.",
       "right": false,
-      "why": "Twice the rank is a common convention, and a fixed α spares you one search. It makes no learning rate a good one: here the losses differ by `× 212 at a quarter of η`.",
+      "why": "Twice the rank is a common convention, and a fixed α spares you one search. It makes no learning rate a good one: here the losses differ by `× 212` at a quarter of η.",
       "said": {
        "name": "unsloth #1304",
        "url": "https://github.com/unslothai/unsloth/issues/1304"
@@ -144,7 +144,7 @@ var QUIZ = [
      {
       "text": "Nothing beyond what another seed does.",
       "right": true,
-      "why": "The verdict is `UNDECIDED, with nine pairs`; an effect of more than seven per cent is ruled out. What rises is the time of a step: `rank 64 takes at least a tenth longer than rank 1: HOLDS`."
+      "why": "The verdict is `UNDECIDED, with nine pairs`; on the mean of the three tasks, more than seven per cent is ruled out. What rises is the time of a step: `rank 64 takes at least a tenth longer than rank 1: HOLDS`."
      },
      {
       "text": "It falls: more rank captures more complex patterns.",
