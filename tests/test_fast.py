@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -732,6 +733,27 @@ def test_adam_takes_the_plain_steps(count, decay):
         a, b = (o.state[p] for o, p in ((one, plain), (other, ours)))
         torch.testing.assert_close(a[f"{name}_absmax"], b[f"{name}_absmax"], rtol=1e-5, atol=0)
         assert (a[name] != b[name]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_adam_takes_the_kernel_where_there_is_one(there, monkeypatch):
+    """Without a compiler the plain step is taken, to the bit."""
+    calls = []
+    kernel = SimpleNamespace(adam=lambda *arguments: calls.append(arguments)) if there else None
+    monkeypatch.setattr(fast.adam, "load_library", lambda: kernel)
+    codebooks = dynamic_codebook(), optimizers.unsigned_dynamic_codebook()
+    group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    stepped = []
+    for update in (optimizers.adam_step_8bit, fast.adam_step_8bit):
+        x, grad = NUMBERS.clone(), NUMBERS.flip(0)
+        states = [
+            BlockwiseQuantized(torch.zeros(4096, dtype=torch.uint8), torch.zeros(16), x.shape, x.dtype, 256)
+            for _ in codebooks
+        ]
+        update(x, grad, *states, 1, group, codebooks)
+        stepped.append([x, *(t for q in states for t in (q.indices, q.absmax))])
+    assert len(calls) == there
+    assert all(torch.equal(a, b) for a, b in zip(*stepped, strict=True)) != there
 
 
 def test_adam_does_not_hang_on_the_default_dtype(other_default_dtype):

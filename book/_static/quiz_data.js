@@ -233,7 +233,7 @@ var QUIZ = [
      {
       "text": "Edges of equal slices of a bell curve, with an exact zero.",
       "right": true,
-      "why": "They are quantiles, divided by the outermost. On normal numbers in blocks of 64 no other sixteen values do much better: `least mean absolute error to 1 %: HOLDS`."
+      "why": "They are quantiles, divided by the outermost. On normal numbers in blocks of 64 the values fitted to that very error do hardly better: `least mean absolute error to 1 %: HOLDS`."
      }
     ]
    },
@@ -296,7 +296,7 @@ var QUIZ = [
       }
      },
      {
-      "text": "It is ahead of int4 with as many bits, and level with affine int4.",
+      "text": "It is ahead of int4 with as many bits; against affine int4 the page cannot tell.",
       "right": true,
       "why": "`NF4 before int4 at 4.5 bits: HOLDS`, and `NF4 before affine int4 at 5 bits: UNDECIDED, with 144 windows`."
      }
