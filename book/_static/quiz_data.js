@@ -289,14 +289,14 @@ var QUIZ = [
      {
       "text": "No. In small blocks affine int4 is better.",
       "right": false,
-      "why": "By the error in the weights it is, here too. By what the small model says of a text the two are level: `affine int4 less NF4, blocks of 32: -0.5 ± 1.1`. The models of the thread may differ.",
+      "why": "By the error in the weights it is, here too. By what the small model says of a text the two cannot be told apart: `affine int4 less NF4, blocks of 32: -0.5 ± 1.1`. The models of the thread may differ.",
       "said": {
        "name": "bitsandbytes #2086",
        "url": "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2086"
       }
      },
      {
-      "text": "It is ahead of int4 with as many bits; against affine int4 the page cannot tell.",
+      "text": "Ahead of int4; against affine int4 it is undecided.",
       "right": true,
       "why": "`NF4 before int4 at 4.5 bits: HOLDS`, and `NF4 before affine int4 at 5 bits: UNDECIDED, with 144 windows`."
      }
