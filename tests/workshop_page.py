@@ -57,7 +57,7 @@ DAY = [
     Exercise("11", "memory-ex-rank", "what a higher rank costs"),
     Talk(10, "Break"),
     Work("13", ("Settings", "Will it fit?", "Your rows", "Train", "Save, and load again")),
-    Talk(15, "Discussion: each pair says which claim it had guessed wrong"),
+    Talk(12, "Discussion: each pair says which claim it had guessed wrong"),
 ]
 SECOND_DAY = [
     Talk(5, "What was open yesterday"),
