@@ -16,6 +16,7 @@ PICTURE, PICTURE_ALT = "_static/preview.png", "From LoRA to QLoRA: fine-tuning f
 MENDED = (
     (r'(<button class="btn search-button-field[^>]*?) aria-label="Search"', r"\1"),
     (r'(<summary) aria-label="Toggle hidden content"', r"\1"),
+    (r'<div role="list" class="citation-list">', '<div class="citation-list">'),  # no listitems
     (r'(<i class="theme-switch[^>]*?) title="[^"]*"', r"\1"),
 )
 NOT_FOUND = """<!doctype html>
