@@ -86,9 +86,14 @@ def destinations(pdf: bytes) -> dict[str, int]:
 
 
 def outline_once(pdf: bytes) -> bytes:
-    """Chromium doubles an outline's title where the heading moved to the next page: write it once."""
-    once = re.sub(rb"(/Title \()(.+)\2(\))", lambda m: (m[1] + m[2] + m[3]).ljust(len(m[0])), pdf)
-    return re.sub(rb"(/Title <FEFF)([0-9A-F]+)\2(>)", lambda m: (m[1] + m[2] + m[3]).ljust(len(m[0])), once)
+    """Chromium doubles an outline's title, or its first line, where the heading moved to the next page."""
+
+    def once(m: re.Match) -> bytes:
+        rest = (b"0020" if b"FEFF" in m[1] else b" ") + m[3] if m[3] else b""
+        return (m[1] + m[2] + rest + m[4]).ljust(len(m[0]))
+
+    pdf = re.sub(rb"(/Title \()([^()\n]+)\2((?:(?<=[^()\n]{24})[^()\n]+)?)(\))", once, pdf)
+    return re.sub(rb"(/Title <FEFF)((?:[0-9A-F]{4})+)\2((?:(?<=[0-9A-F]{96})[0-9A-F]+)?)(>)", once, pdf)
 
 
 def titles(pdf: bytes) -> list[str]:

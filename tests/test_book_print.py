@@ -60,6 +60,14 @@ def test_a_doubled_title_is_written_once():
     assert titles(once) == ["One", "Two", "A", "B"]
 
 
+def test_a_doubled_first_line_is_written_once():
+    line, code = "20b When memory surprises", "20b Schätzung und Speicher".encode("utf-16-be").hex().upper()
+    wrong = f"/Title ({line}{line}you)\n/Title <FEFF{code}{code}0041>\n/Title (papa said)\n".encode()
+    once = outline_once(wrong)
+    assert len(once) == len(wrong)
+    assert titles(once) == [f"{line} you", "20b Schätzung und Speicher A", "papa said"]
+
+
 def test_without_chromium_a_clear_line_and_no_failure_of_the_build(monkeypatch, capsys, site):
     monkeypatch.setattr(book_print, "chromium", lambda: None)
     assert book_print.main(["--cheat-sheet", "--root", str(site)]) == 0
